@@ -1,0 +1,4 @@
+"All callbacks; import it after fastai's own star imports, which bear the same names"
+from .shortepoch import *
+from .gradient import *
+from .bnfreeze import *

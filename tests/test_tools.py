@@ -1,0 +1,86 @@
+"The scripts in tools/: what is stale is named, and nothing else is touched"
+import shutil
+
+import nbformat, pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+import check, notebooks, readme
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    "The project as nbdev makes it of the notebooks"
+    with check.scratch() as root:
+        for step, _ in check.STEPS.values(): step()
+        return shutil.copytree(root, tmp_path_factory.mktemp('made')/'tree', symlinks=True)
+
+@pytest.fixture
+def tree(made):
+    "A copy of it to spoil, which is the current directory"
+    with check.scratch(made) as root: yield root
+
+
+def test_check_passes_what_nbdev_made(tree, capsys):
+    assert check.main(tree) == 0
+    assert [l[:4] for l in capsys.readouterr().out.splitlines()] == ['ok: '] * 3
+
+
+def edit_module(root):
+    path = root/'fastcb_training/bnfreeze.py'
+    path.write_text(path.read_text() + '\n# by hand\n')
+
+def leave_orphan(root):
+    shutil.copy(root/'fastcb_training/bnfreeze.py', root/'fastcb_training/orphan.py')
+
+def run_a_cell(root):
+    path = root/'nbs/03_bnfreeze.ipynb'
+    path.write_text(path.read_text().replace('"execution_count": null', '"execution_count": 7', 1))
+
+def edit_readme(root): (root/'README.md').write_text('# Another\n')
+
+
+@pytest.mark.parametrize('fault, path, command', [
+    (edit_module, 'fastcb_training/bnfreeze.py', 'nbdev-export'),
+    (leave_orphan, 'fastcb_training/orphan.py', 'nbdev-export'),
+    (run_a_cell, 'nbs/03_bnfreeze.ipynb', 'nbdev-clean'),
+    (edit_readme, 'README.md', 'make readme')])
+def test_check_names_what_is_stale(tree, capsys, fault, path, command):
+    fault(tree)
+    before = check.contents()
+    assert check.main(tree) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [l for l in lines if not l.startswith('ok: ')] == [l for l in lines if path in l and command in l]
+    assert check.contents() == before
+
+
+@pytest.mark.parametrize('link, outside', [
+    ('shortepoch.html', 'https://a.io/b/shortepoch.html'),
+    ('02_gradient.ipynb#rules', 'https://a.io/b/gradient.html#rules'),
+    ('tutorials/smoke_test.ipynb', 'https://a.io/b/tutorials/smoke_test.html'),
+    ('#install', '#install'), ('https://c.io/d.ipynb', 'https://c.io/d.ipynb')])
+def test_readme_links(link, outside): assert readme.absolute(link, 'https://a.io/b') == outside
+
+
+def notebook(path, *sources):
+    nbformat.write(new_notebook(cells=[new_code_cell(s) for s in sources]), path)
+    return path
+
+def outputs(path): return [c.outputs for c in nbformat.read(path, as_version=4).cells]
+
+def test_notebooks_run_in_place(tree):
+    path = notebook(tree/'nbs/a.ipynb', 'from fastprogress import *\nfor _ in progress_bar(range(3), leave=False): pass',
+                    "mb = master_bar(range(2))\nfor _ in mb: mb.write(['a', 'b'], table=True)", '#| eval: false\n1/0', '1 + 1')
+    notebooks.run(path)
+    bar, table, skipped, value = outputs(path)
+    assert bar == skipped == []
+    assert [list(o.data) for o in table] == [['text/html']] and '<th>a</th>' in table[0].data['text/html']
+    assert value[0].data == {'text/plain': '2'}
+    once = path.read_bytes()
+    notebooks.run(path)
+    assert path.read_bytes() == once
+
+def test_notebook_that_fails_stays_as_it_was(tree):
+    path = notebook(tree/'nbs/a.ipynb', '1 + 1', '1/0')
+    before = path.read_bytes()
+    with pytest.raises(Exception, match='ZeroDivisionError'): notebooks.run(path)
+    assert path.read_bytes() == before
