@@ -44,9 +44,10 @@ quarto:
 
 # The stamp is written last: an interrupted set-up has none, and pip takes it up where it stopped.
 $(READY): pyproject.toml settings.ini setup.py
-	@command -v "$(PYTHON)" >/dev/null || { echo 'No $(PYTHON) here. Install Python 3.10 or newer, or name yours: make PYTHON=...' >&2; exit 1; }
+	@command -v "$(PYTHON)" >/dev/null \
+	  || { echo 'No $(PYTHON) here. Install Python 3.10 or newer, or name yours: make PYTHON=...' >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-	  || { echo "$$("$(PYTHON)" --version) is too old: 3.10 or newer is needed. Name one: make PYTHON=python3.12" >&2; exit 1; }
+	  || { echo "$$("$(PYTHON)" --version) is too old. Name a 3.10 or newer: make PYTHON=python3.12" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null \
 	  || { echo '$(PYTHON) has no venv module. On Debian and Ubuntu: sudo apt install python3-venv' >&2; exit 1; }
 	@echo 'Setting up .venv, the environment of this project: about 6 GB from PyPI, 2 to 5 minutes'

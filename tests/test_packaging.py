@@ -13,7 +13,8 @@ except ImportError: import tomli as tomllib  # Python 3.10
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT/'pyproject.toml').read_text(encoding='utf-8'))['project']
 VERSION = read_version(ROOT/'fastcb_training')
-NAMES = {'ShortEpochCallback', 'GradientAccumulation', 'GradientClip', 'BnFreeze', 'set_bn_eval', 'frozen_bn', 'bn_types'}
+NAMES = {'ShortEpochCallback', 'GradientAccumulation', 'GradientClip',
+         'BnFreeze', 'set_bn_eval', 'frozen_bn', 'bn_types'}
 
 
 @pytest.fixture(scope='session')
@@ -26,8 +27,10 @@ def settings():
 def dist(tmp_path_factory):
     "The sdist and the wheel, built in a copy, and without the network"
     tmp = tmp_path_factory.mktemp('dist')
-    copytree(ROOT, tmp/'tree', symlinks=True, ignore=ignore_patterns('.*', '_docs', '_proc', '*.egg-info', 'build', 'dist'))
-    subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '--outdir', tmp, tmp/'tree'], check=True, capture_output=True)
+    left = ignore_patterns('.*', '_docs', '_proc', '*.egg-info', 'build', 'dist')
+    copytree(ROOT, tmp/'tree', symlinks=True, ignore=left)
+    subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '--outdir', tmp, tmp/'tree'],
+                   check=True, capture_output=True)
     sdist, wheel = tmp/f'fastcb_training-{VERSION}.tar.gz', tmp/f'fastcb_training-{VERSION}-py3-none-any.whl'
     return SimpleNamespace(sdist=sdist, wheel=wheel)
 
@@ -60,9 +63,9 @@ def test_requirements(metadata, settings):
     assert settings['requirements'] == 'fastai>=2.8'
 
 def test_wheel_has_the_package_and_nothing_else(dist):
-    package = {f'fastcb_training/{p.name}' for p in (ROOT/'fastcb_training').glob('*.py')} | {'fastcb_training/py.typed'}
+    modules = {f'fastcb_training/{p.name}' for p in (ROOT/'fastcb_training').glob('*.py')}
     with zipfile.ZipFile(dist.wheel) as z: names = set(z.namelist())
-    assert package == {n for n in names if '.dist-info/' not in n}
+    assert modules | {'fastcb_training/py.typed'} == {n for n in names if '.dist-info/' not in n}
     assert f'fastcb_training-{VERSION}.dist-info/licenses/LICENSE' in names
 
 def test_sdist_has_what_the_wheel_needs_and_nothing_else(dist):
@@ -73,7 +76,8 @@ def test_sdist_has_what_the_wheel_needs_and_nothing_else(dist):
 def test_installed_on_its_own(dist, tmp_path):
     site, elsewhere = tmp_path/'site', tmp_path/'elsewhere'
     elsewhere.mkdir()
-    subprocess.run([sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--no-index', '--target', site, dist.wheel], check=True)
+    pip = sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--no-index'
+    subprocess.run([*pip, '--target', site, dist.wheel], check=True)
     # In a folder of its own, with the installed one ahead of the checkout
     code = f'''import sys; sys.path.insert(0, {str(site)!r})
 from fastcb_training.all import *

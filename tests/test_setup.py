@@ -31,7 +31,9 @@ def set_up(clone, broken='', python='./python'):
     "`make` with what is broken: its exit status, all it prints, and what Python was asked"
     (clone/'broken').write_text(broken)
     (clone/'log').write_text('')
-    done = subprocess.run(['make', f'PYTHON={python}', '.venv/.ready'], cwd=clone, text=True,
+    # `make test` hands its own options on
+    env = {k: v for k, v in os.environ.items() if 'MAKE' not in k and k != 'MFLAGS'}
+    done = subprocess.run(['make', f'PYTHON={python}', '.venv/.ready'], cwd=clone, env=env, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     return done.returncode, done.stdout, (clone/'log').read_text()
 

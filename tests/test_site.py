@@ -27,3 +27,8 @@ def test_every_page_is_ready_for_quarto():
                               cwd=root, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert pages(root/'_proc') == pages(root/'nbs')
+
+def test_no_page_tells_where_it_was_run():
+    for page in pages(ROOT/'nbs'):
+        text = (ROOT/'nbs'/page).read_text(encoding='utf-8')
+        assert str(ROOT) not in text and 'site-packages' not in text, page

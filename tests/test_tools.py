@@ -68,8 +68,10 @@ def notebook(path, *sources):
 def outputs(path): return [c.outputs for c in nbformat.read(path, as_version=4).cells]
 
 def test_notebooks_run_in_place(tree):
-    path = notebook(tree/'nbs/a.ipynb', 'from fastprogress import *\nfor _ in progress_bar(range(3), leave=False): pass',
-                    "mb = master_bar(range(2))\nfor _ in mb: mb.write(['a', 'b'], table=True)", '#| eval: false\n1/0', '1 + 1')
+    path = notebook(tree/'nbs/a.ipynb',
+                    'from fastprogress import *\nfor _ in progress_bar(range(3), leave=False): pass',
+                    "mb = master_bar(range(2))\nfor _ in mb: mb.write(['a', 'b'], table=True)",
+                    '#| eval: false\n1/0', '1 + 1')
     notebooks.run(path)
     bar, table, skipped, value = outputs(path)
     assert bar == skipped == []

@@ -1,4 +1,4 @@
-"Says whether modules, notebooks and README.md are what nbdev would make of them now; asks in a copy, so nothing changes"
+"Says whether modules, notebooks and README.md are what nbdev would make now; asks in a copy, so nothing changes"
 import sys
 from pathlib import Path
 
