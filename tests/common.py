@@ -1,0 +1,73 @@
+"What several tests need: quiet Learners, a probe that records, data that is counted"
+from fastai.basics import *
+from fastai.callback.all import *
+from hypothesis import HealthCheck, settings
+from torch.utils.data import TensorDataset
+
+import fastai.callback.training as fastai_training
+
+
+def quiet(learn):
+    "`learn` without progress bars and printed rows"
+    learn.remove_cb(ProgressCallback)
+    learn.logger = noop
+    return learn
+
+
+def regression(n=160, bs=16, n_valid=32, seed=0, shuffle=False, **kwargs):
+    "Random data for a linear model, the same for the same seed"
+    g = torch.Generator().manual_seed(seed)
+    def ds(n):
+        x = torch.randn(n, 3, generator=g)
+        return TensorDataset(x, x @ tensor([[1.], [-2.], [3.]]) + 1 + .1*torch.randn(n, 1, generator=g))
+    return DataLoaders(DataLoader(ds(n), bs=bs, shuffle=shuffle, **kwargs), DataLoader(ds(n_valid), bs=bs, **kwargs), device='cpu')
+
+
+def linear_learner(dls=None, model=None, loss_func=None, cbs=None, seed=0, **kwargs):
+    "A quiet Learner of a linear model, SGD with momentum, the same for the same seed"
+    torch.manual_seed(seed)
+    model = nn.Linear(3, 1) if model is None else model
+    learn = Learner(dls or regression(), model, loss_func or MSELossFlat(), opt_func=kwargs.pop('opt_func', partial(SGD, mom=.9)), **kwargs)
+    return quiet(learn).add_cbs(cbs)
+
+
+class Probe(Callback):
+    "Record, after every other callback, what each batch and each step saw"
+    order = 200
+    def __init__(self): self.xs,self.valid_xs,self.lrs,self.grads,self.losses,self.events = [],[],[],[],[],[]
+    def __call__(self, event):
+        self.events.append(event)
+        super().__call__(event)
+    def before_batch(self): (self.xs if self.training else self.valid_xs).append(self.x.clone())
+    def before_step(self):
+        self.grads.append(torch.cat([p.grad.flatten().clone() for p in self.learn.model.parameters() if p.grad is not None]))
+        self.lrs.append(self.opt.hypers[-1]['lr'])
+    def after_batch(self):
+        if self.training: self.losses.append(self.loss.item())
+
+
+class At(Callback):
+    "Do `f(self)` at `event`, in iteration `it` of epoch `ep` (None: always)"
+    def __init__(self, event, f, it=None, ep=None, order=0):
+        self.event,self.f,self.it,self.ep,self.order = event,f,it,ep,order
+    def __call__(self, event):
+        if event == self.event and self.it in (None, getattr(self, 'iter', None)) and self.ep in (None, self.epoch): self.f(self)
+
+
+def stop(exc):
+    "A function that raises `exc`, for `At`"
+    def _inner(cb): raise exc
+    return _inner
+
+
+def weights(model): return torch.cat([p.detach().flatten() for p in model.parameters()])
+def no_grads(learn): return all(p.grad is None or not p.grad.any() for p in learn.model.parameters())
+
+
+def examples(n):
+    "Settings for a hypothesis test: `n` examples, the same in each run; TEST_EXAMPLES=10 in the environment makes it 10 times as many"
+    return settings(max_examples=n*int(os.environ.get('TEST_EXAMPLES', 1)), deadline=None, database=None, derandomize=True,
+                    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+
+
+for _name in [o for o in globals() if o.startswith('test')]: del globals()[_name]  # fastcore's, that pytest would take for tests

@@ -1,0 +1,110 @@
+"What each of several processes does, for test_distributed.py: every case in turn, what was seen into a file a rank"
+import sys
+from pathlib import Path
+
+from fastai.distributed import *
+from torch import distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+from common import *
+from fastcb_training.all import *
+
+
+def broadcast(self, t, rank):
+    t = LongTensor(t)
+    dist.broadcast(t, rank)
+    return t.tolist()
+
+DistributedDL._broadcast = broadcast # fastai's calls `.cuda()`
+
+
+class Syncs(Callback):
+    "Count what is synchronised, and note whether the next forward pass would synchronise"
+    order = 1 # before `GradientAccumulation`
+    def __init__(self): self.n,self.flags = 0,[]
+    def before_train(self):
+        if self.epoch == 0: self.learn.model.register_comm_hook(None, self.hook)
+    def hook(self, state, bucket):
+        self.n += bucket.is_last()
+        return allreduce_hook(None, bucket)
+    def before_batch(self): self.flags.append(self.learn.model.require_backward_grad_sync)
+
+
+class Twice(nn.Module):
+    "A model whose forward pass is two"
+    def __init__(self):
+        super().__init__()
+        self.layer,self.unused = nn.Linear(3, 1),nn.Linear(3, 1)
+    def forward(self, x): return self.layer(x)
+
+
+def twice_loss(learn):
+    "A loss that calls the model again"
+    return lambda pred, targ: F.mse_loss(pred, targ)+F.mse_loss(learn.model(learn.xb[0]), targ)
+
+def masked_mse(pred, targ):
+    keep = ~targ.isnan()
+    return F.mse_loss(pred[keep], targ[keep])
+
+def unmasked(yb): return (~yb[0].isnan()).sum()
+
+
+def cancel_last(cb):
+    if cb.training and cb.iter == cb.n_iter-1: raise CancelBatchException
+
+def fit(cbs, n=40, bs=4, n_epoch=2, lr=.01, model=None, loss_func=None, mask=None, shuffle=False, ctx={}, fails=()):
+    "Fit on all processes; what this one saw"
+    dls = regression(n, bs, n_valid=12, shuffle=shuffle)
+    if mask is not None: dls.train_ds.tensors[1][mask] = float('nan')
+    learn = linear_learner(dls, model)
+    if loss_func: learn.loss_func = loss_func(learn) if loss_func is twice_loss else loss_func
+    probe,syncs = Probe(),Syncs()
+    with learn.distrib_ctx(cpu=True, sync_bn=False, **ctx):
+        try: learn.fit(n_epoch, lr, cbs=[probe, syncs, *cbs])
+        except fails: pass
+        after = getattr(learn.model, 'require_backward_grad_sync', None)
+    model = getattr(learn.model, 'module', learn.model)
+    return dict(xs=probe.xs, valid_xs=probe.valid_xs, grads=probe.grads, losses=probe.losses, syncs=syncs.n, flags=syncs.flags,
+                after=after, weights=weights(model), rows=learn.recorder.values, no_grads=no_grads(learn),
+                state={k: v.clone() for k,v in model.state_dict().items()})
+
+
+class Synchronise(Callback):
+    "What `sync_bn=True` does on GPUs: wrapped before it is converted, a model with `SyncBatchNorm` can be on a CPU"
+    def before_train(self):
+        if self.epoch == 0: self.learn.model.module = nn.SyncBatchNorm.convert_sync_batchnorm(self.learn.model.module)
+
+def frozen_bn_model():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    for p in model[:2].parameters(): p.requires_grad_(False)
+    return model
+
+
+mask = list(range(0, 14))+[21, 22, 23, 36, 37, 38, 39] # uneven between the processes, whole batches of one among them
+cases = dict(
+    exact=lambda: fit([GradientAccumulation(8)]),
+    carried=lambda: fit([GradientAccumulation(12)]),
+    flushed=lambda: fit([GradientAccumulation(12, flush=True)]),
+    ragged=lambda: fit([GradientAccumulation(7, flush=True)], n=43),
+    masked=lambda: fit([GradientAccumulation(3, count=unmasked)], loss_func=masked_mse, mask=mask),
+    masked_flushed=lambda: fit([GradientAccumulation(7, count=unmasked, flush=True)], loss_func=masked_mse, mask=mask),
+    last_cancelled=lambda: fit([GradientAccumulation(12, flush=True), At('before_batch', cancel_last)]),
+    twice=lambda: fit([GradientAccumulation(8)], loss_func=twice_loss),
+    unused=lambda: fit([GradientAccumulation(8)], model=Twice(), ctx=dict(
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])),
+    clipped=lambda: fit([GradientAccumulation(8), GradientClip(.5)]),
+    cancelled=lambda: fit([GradientAccumulation(12), At('after_loss', stop(CancelFitException), it=1)]),
+    failed=lambda: fit([GradientAccumulation(12), At('after_loss', stop(ValueError('on purpose')), it=1)], fails=(ValueError,)),
+    short=lambda: fit([ShortEpochCallback(.4)], lr=0.),
+    resumed=lambda: fit([ShortEpochCallback(n_batches=2, resume=True)], n_epoch=5, shuffle=True, lr=0.),
+    frozen=lambda: fit([Synchronise, BnFreeze], model=frozen_bn_model()),
+    all=lambda: fit([Synchronise, BnFreeze, GradientAccumulation(8), GradientClip, ShortEpochCallback(.8)],
+                    model=frozen_bn_model()),
+)
+
+if __name__ == '__main__':
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    Accelerator(cpu=True) # starts the process group
+    seen = {name: case() for name,case in cases.items()}
+    torch.save(seen, Path(sys.argv[1])/f'{dist.get_rank()}.pt')
+    dist.destroy_process_group()
