@@ -61,11 +61,11 @@ def set_bn_eval(
     check('only_frozen', only_frozen, bool, 'True or False')
     for _,layer in _bn_layers(m, only_frozen): layer.train(not use_eval)
 
-# %% ../nbs/03_bnfreeze.ipynb #5932a27c
+# %% ../nbs/03_bnfreeze.ipynb #94a6544c
 class BnFreeze(FitCallback):
     "Hold the running statistics of frozen batchnorm layers through a fit, bit for bit"
-    order,run_valid = inf,False # the last word before the forward pass, whoever calls `model.train()`
-    _layers,_stateattrs = (),('_layers',)
+    order = inf # the last word before the forward pass, whoever calls `model.train()`
+    _layers,_trained,_stateattrs = (),(),('_layers','_trained')
 
     def __init__(self,
         *,
@@ -81,20 +81,31 @@ class BnFreeze(FitCallback):
 
     def before_train(self):
         super().before_train()
-        self._layers = [layer for _,layer in _bn_layers(self.learn.model, self.only_frozen)]
-        if not self._layers: self._warn()
+        self._find()
+        self._hold()
 
-    def before_batch(self):
+    def before_batch(self): self._hold()
+    def before_validate(self): self._trained = ()
+
+    def _hold(self):
         for layer in self._layers:
             if layer.training: layer.eval()
 
-# %% ../nbs/03_bnfreeze.ipynb #d873673d
+# %% ../nbs/03_bnfreeze.ipynb #829b3e72
+@patch
+def _find(self:BnFreeze):
+    model = self.learn.model
+    layers = _bn_layers(model, self.only_frozen)
+    def parent(name): return name and model.get_submodule(name.rpartition('.')[0])
+    self._layers = layers.itemgot(1)
+    self._trained = [(layer, parent(name)) for name,layer in layers if layer.training]
+    if not layers: self._warn()
+
 @patch
 def _let_go(self:BnFreeze):
-    "Leave the modes as fastai does: all alike"
-    if self.learn.model.training:
-        for layer in self._layers: layer.train()
-    self._layers = ()
+    "Leave the modes as fastai does, also where no validation came after the training"
+    for layer,parent in self._trained: layer.train(not parent or parent.training)
+    self._layers = self._trained = ()
 
 def _then(cb, event, f):
     "What the class does at an event, then what the user wants"

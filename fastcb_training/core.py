@@ -15,7 +15,7 @@ from warnings import warn_explicit
 
 from fastai.callback.core import Callback
 
-# %% ../nbs/00_core.ipynb #d296980b
+# %% ../nbs/00_core.ipynb #b760aefe
 class FitCallback(Callback):
     "A `Callback` with state that belongs to one fit: `start_fit` sets it up, `end_fit` lets it go"
     _in_fit = _outer = False # is this a fit? was it one, before `validate` was called in the middle?
@@ -43,7 +43,8 @@ class FitCallback(Callback):
     def __setattr__(self, name, value):
         "`Learner` removes a callback by setting its `learn` to None, whatever ended the fit"
         if name == 'learn' and value is None and (self._in_fit or self._outer): self._end()
-        super().__setattr__(name, value)
+        if name.startswith('_'): vars(self)[name] = value # `Callback` warns if the model has something of that name
+        else: super().__setattr__(name, value)
 
 # %% ../nbs/00_core.ipynb #b41e43d1
 def check(

@@ -25,9 +25,10 @@ from torch.utils.hooks import unserializable_hook
 
 from .core import FitCallback, check, check_amount, warn_user
 
-# %% ../nbs/02_gradient.ipynb #c1fa3d02
+# %% ../nbs/02_gradient.ipynb #a508e88d
 class _Window:
     "The batches from one optimizer step to the next; the gradients hold `Σ countᵢ·gradᵢ / divisor`"
+    last = None # Number of the epoch's last batch
     def __init__(self): self.open()
 
     def open(self,
@@ -35,7 +36,7 @@ class _Window:
         adds_up:bool=False, # Does the loss add its items up, instead of averaging them?
     ):
         "Begin with no batch at all"
-        self.size,self.divisor,self.adds_up,self.items = size,size,adds_up,0
+        self.size,self.divisor,self.adds_up,self.items,self.stepped = size,size,adds_up,0,False
 
     def add(self,
         batch:float, # Items in the batch that comes next
@@ -45,7 +46,7 @@ class _Window:
     @unserializable_hook
     def weigh(self, grad):
         "The backward pass reaches the loss: the batch counts, and its gradient gets its weight"
-        self.items += self.share
+        self.items,self.share = self.items+self.share,0
         return None if self.adds_up else grad*(self.batch/self.divisor)
 
     def close(self, params):
@@ -54,7 +55,7 @@ class _Window:
             torch._foreach_mul_([p.grad for p in params if p.grad is not None], float(self.divisor/self.items))
         self.divisor = self.items
 
-# %% ../nbs/02_gradient.ipynb #e0d66534
+# %% ../nbs/02_gradient.ipynb #9687cb69
 class GradientAccumulation(FitCallback):
     "Step when `n_acc` items have been trained, with the gradient of all of them as one batch"
     order,run_valid = MixedPrecision.order-4,False # the scaler unscales and steps once a window is whole
@@ -76,16 +77,19 @@ class GradientAccumulation(FitCallback):
     def before_batch(self): self._count()
     def before_backward(self): self._hang()
     def before_step(self): self._decide()
-    def after_step(self): self.window.open()
-    def after_batch(self): self._desync()
+    def after_step(self): self._reopen()
+    def after_cancel_batch(self): self._zero()
+    def after_batch(self): self._done()
     def after_train(self): self._flush()
     def end_fit(self): self._drop()
 
-# %% ../nbs/02_gradient.ipynb #cafa0c0c
+# %% ../nbs/02_gradient.ipynb #e8c40974
 @patch
 def _count(self:GradientAccumulation):
     window,learn = self.window,self.learn
+    if learn.iter == 0: window.last = learn.n_iter-1 # `validate` in mid-epoch changes `n_iter`
     if window.size is None:
+        self._zero()
         n_acc = self.n_acc(learn.pct_train) if callable(self.n_acc) else self.n_acc
         window.open(check_amount('n_acc', n_acc), _adds_up(learn.loss_func))
     window.add(check_amount('count', self.count(learn.yb), zero=True) if learn.yb else 0)
@@ -104,30 +108,50 @@ def _hang(self:GradientAccumulation):
     if not self.window.batch: self._pass_over()
     self.learn.loss_grad.register_hook(self.window.weigh)
 
-# %% ../nbs/02_gradient.ipynb #0a9ea681
+# %% ../nbs/02_gradient.ipynb #9598861f
 @patch
 def _decide(self:GradientAccumulation):
     if not self._closes(self.window.items): raise CancelBatchException
-    self.window.close(_stepped(self.learn.opt))
+    self.window.close(_params(self.learn.opt))
 
-# %% ../nbs/02_gradient.ipynb #4eef83d8
+# %% ../nbs/02_gradient.ipynb #aa723438
 @patch
 def _closes(self:GradientAccumulation, items):
     "Is a window of so many items whole?"
-    return items >= self.window.size or (self.flush and items > 0 and self.learn.iter == self.learn.n_iter-1)
+    return items >= self.window.size or (self.flush and items > 0 and self.learn.iter == self.window.last)
 
-def _stepped(opt):
+def _params(opt):
     "The parameters that `opt` steps"
     return chain.from_iterable(opt.param_lists)
 
-# %% ../nbs/02_gradient.ipynb #63b2e0be
+# %% ../nbs/02_gradient.ipynb #2961a26e
+@patch
+def _reopen(self:GradientAccumulation):
+    self.window.open()
+    self.window.stepped = True
+
+@patch
+def _zero(self:GradientAccumulation):
+    if self.window.stepped: self.learn.opt.zero_grad()
+    self.window.stepped = False
+
+@patch
+def _done(self:GradientAccumulation):
+    self.window.stepped = False
+    self._desync()
+
+# %% ../nbs/02_gradient.ipynb #48a81c0f
 @patch
 def _flush(self:GradientAccumulation):
-    if not (self.flush and self.window.items): return
-    self.window.size = 0 # whole as it is
+    learn,window = self.learn,self.window
+    if not (self.flush and self._in_fit and window.items): return
+    size,window.size = window.size,0 # whole as it is
+    training,learn.training = learn.training,True # also if somebody has validated since
     if self._ddp: self._average()
-    self.learn._with_events(self.learn._step, 'step', CancelStepException)
-    self.learn.opt.zero_grad()
+    try: learn._with_events(learn._step, 'step', CancelStepException)
+    except CancelBatchException: window.size = size # put off by somebody else
+    self._zero()
+    learn.training = training
 
 # %% ../nbs/02_gradient.ipynb #01d56a76
 @patch
@@ -167,20 +191,20 @@ def _pass_over(self:GradientAccumulation):
         raise CancelBackwardException
     self.learn.loss_grad = sum(o.sum() for o in L(self.learn.pred))*0
 
-# %% ../nbs/02_gradient.ipynb #4abd916a
+# %% ../nbs/02_gradient.ipynb #5a4d1881
 @patch
 def _average(self:GradientAccumulation):
     "What a closing batch does in its backward pass"
-    for p in _stepped(self.learn.opt):
+    for p in _params(self.learn.opt):
         if p.grad is not None: _sum(p.grad, self._ddp).div_(dist.get_world_size(self._ddp.process_group))
 
-# %% ../nbs/02_gradient.ipynb #4d112a7b
+# %% ../nbs/02_gradient.ipynb #4ce89b8b
 _policies = 'skip','raise','ignore'
 
 class GradientClip(FitCallback):
     "Clip the norm of the gradients, and skip a step whose norm is not finite"
     order = MixedPrecision.order+1 # the scaler has divided its scale out
-    norm = None # Norm of the gradients before the last clip, a tensor with one number
+    _warned,norm = False,None # Norm of the gradients before the last clip, a tensor with one number
 
     def __init__(self,
         max_norm:float=1., # Largest norm that stays as it is, above 0; infinite to measure without clipping
@@ -196,7 +220,7 @@ class GradientClip(FitCallback):
     def start_fit(self): self._warned = False
 
     def before_step(self):
-        norm = nn.utils.clip_grad_norm_(_stepped(self.learn.opt), self.max_norm, self.norm_type,
+        norm = nn.utils.clip_grad_norm_(_params(self.learn.opt), self.max_norm, self.norm_type,
                                         error_if_nonfinite=self.nonfinite == 'raise')
         vars(self)['norm'] = norm # fastai would warn at each step where a model has a `norm` of its own
         if self.nonfinite == 'skip' and not norm.isfinite(): self._skip()

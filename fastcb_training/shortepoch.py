@@ -17,19 +17,27 @@ from fastcore.basics import GetAttr, patch, store_attr
 
 from .core import FitCallback, check
 
-# %% ../nbs/01_shortepoch.ipynb #f5e4d16d
+# %% ../nbs/01_shortepoch.ipynb #13f350b5
 class _ShortDL(GetAttr):
     "A view of `dl` that ends after `n` of the `batches`, and is `dl` in all else"
     _default = 'dl'
     def __init__(self, dl, n, batches): store_attr()
     def __len__(self): return self.n
-    def __iter__(self): return islice(self.batches, self.n)
+    def __iter__(self):
+        yield from islice(self.batches, self.n)
+        _let_go(self.dl)
 
-# %% ../nbs/01_shortepoch.ipynb #29470f71
+# %% ../nbs/01_shortepoch.ipynb #94ca71b4
+def _let_go(dl):
+    "As fastai's `one_batch` does; `DistributedDL` has the loader in `dl`"
+    for o in dl,getattr(dl, 'dl', None):
+        if getattr(o, 'indexed', False): vars(o).pop('it', None)
+
+# %% ../nbs/01_shortepoch.ipynb #23887df4
 class ShortEpochCallback(FitCallback):
     "Fit `pct` of each epoch, as if it were a whole one"
     order = 12 # `DistributedTrainer` (11) has wrapped the loader, `ProgressCallback` (60) has not read its length
-    _stateattrs = '_data','_passes'
+    _data,_passes,_stateattrs = None,None,('_data','_passes')
 
     def __init__(self,
         pct:float=0.01, # Part of the batches, above 0 and at most 1, rounded up; 0.01 is 1 %
@@ -43,45 +51,55 @@ class ShortEpochCallback(FitCallback):
         if n_batches is not None: check('n_batches', n_batches, Integral, 'a whole number, 1 or more', lambda o: o >= 1)
         for name in ('short_valid', 'resume'): check(name, getattr(self, name), bool, 'True or False')
 
-    def start_fit(self): self._data = self._passes = None
-    def end_fit(self): self._data = self._passes = None
+    def start_fit(self): self._stop()
+    def end_fit(self): self._stop()
 
     def before_train(self):
         super().before_train()
         if hasattr(self.learn, 'lr_finder'): return
-        check('dls.train', self.dl, object, 'a loader with at least one batch', len)
+        check('dls.train', self.dl, object, 'a loader with at least one batch', _length)
         self._shorten(self._go_on() if self.resume else self.dl)
 
     def before_validate(self):
         if self.short_valid and self._in_fit and not hasattr(self.learn, 'gather_preds'): self._shorten(self.dl)
 
-# %% ../nbs/01_shortepoch.ipynb #fc225688
+# %% ../nbs/01_shortepoch.ipynb #9e606712
 @patch
 def _shorten(self:ShortEpochCallback, batches):
     n = self._n_short(len(self.dl))
     if n < len(self.dl): self.learn.dl = _ShortDL(self.dl, n, batches)
+
+def _length(dl):
+    try: return len(dl)
+    except TypeError as e: raise TypeError('`dls.train` has to be a loader with a length') from e
 
 @patch
 def _n_short(self:ShortEpochCallback, n):
     "How many of `n` batches are fitted"
     return ceil(Fraction(str(self.pct))*n) if self.n_batches is None else min(self.n_batches, n)
 
-# %% ../nbs/01_shortepoch.ipynb #fdce5391
+# %% ../nbs/01_shortepoch.ipynb #c2facb84
 class _Passes:
     "The batches of `dl`, one pass after the other; a copy begins with a pass of its own"
-    def __init__(self, dl): self.dl,self.batches = dl,self._all()
+    def __init__(self, dl): self.dl,self.batches = dl,_endless(dl)
     def __iter__(self): return self.batches
     def __reduce__(self): return _Passes,(self.dl,)
 
-    def _all(self):
-        batch = ()
-        while batch is not None: # a loader that gives nothing would be asked for ever
-            batch = None
-            for batch in self.dl: yield batch
+def _endless(dl):
+    batch = ()
+    while batch is not None: # a loader that gives nothing would be asked for ever
+        batch = None
+        for batch in dl: yield batch
 
-# %% ../nbs/01_shortepoch.ipynb #3b878cc4
+# %% ../nbs/01_shortepoch.ipynb #3d1374e1
 @patch
 def _go_on(self:ShortEpochCallback):
     "The batches from where the last epoch stopped, unless somebody has replaced the loader"
     if self._data is not self.dls.train: self._data,self._passes = self.dls.train,_Passes(self.dl)
     return self._passes
+
+@patch
+def _stop(self:ShortEpochCallback):
+    "Let the workers go"
+    if self._passes: self._passes.batches.close()
+    self._data = self._passes = None
