@@ -61,11 +61,11 @@ def set_bn_eval(
     check('only_frozen', only_frozen, bool, 'True or False')
     for _,layer in _bn_layers(m, only_frozen): layer.train(not use_eval)
 
-# %% ../nbs/03_bnfreeze.ipynb #94a6544c
+# %% ../nbs/03_bnfreeze.ipynb #4962ac81
 class BnFreeze(FitCallback):
     "Hold the running statistics of frozen batchnorm layers through a fit, bit for bit"
     order = inf # the last word before the forward pass, whoever calls `model.train()`
-    _layers,_trained,_stateattrs = (),(),('_layers','_trained')
+    _layers,_switched,_stateattrs = (),(),('_layers','_switched')
 
     def __init__(self,
         *,
@@ -85,27 +85,27 @@ class BnFreeze(FitCallback):
         self._hold()
 
     def before_batch(self): self._hold()
-    def before_validate(self): self._trained = ()
 
     def _hold(self):
         for layer in self._layers:
-            if layer.training: layer.eval()
+            if layer.training:
+                layer.eval()
+                self._switched.add(layer)
 
-# %% ../nbs/03_bnfreeze.ipynb #829b3e72
+# %% ../nbs/03_bnfreeze.ipynb #06982ba2
 @patch
 def _find(self:BnFreeze):
     model = self.learn.model
     layers = _bn_layers(model, self.only_frozen)
-    def parent(name): return name and model.get_submodule(name.rpartition('.')[0])
-    self._layers = layers.itemgot(1)
-    self._trained = [(layer, parent(name)) for name,layer in layers if layer.training]
+    self._layers,self._switched = layers.itemgot(1),set()
     if not layers: self._warn()
 
 @patch
 def _let_go(self:BnFreeze):
-    "Leave the modes as fastai does, also where no validation came after the training"
-    for layer,parent in self._trained: layer.train(not parent or parent.training)
-    self._layers = self._trained = ()
+    "Leave the modes as fastai does: what was switched gets the mode of what is around it"
+    around = {child: m for m in self.learn.model.modules() for child in m.children()}
+    for layer in self._switched: layer.train(around.get(layer, self.learn).training)
+    self._layers = self._switched = ()
 
 def _then(cb, event, f):
     "What the class does at an event, then what the user wants"
