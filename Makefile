@@ -30,7 +30,7 @@ test: $(READY) ## check everything: modules, notebooks, README, tests, workflows
 
 notebooks: $(READY) ## export, run and clean the notebooks in place (one: NB=nbs/02_gradient.ipynb)
 	@$(BIN)/nbdev-export
-	@$(BIN)/python tools/notebooks.py $(NB)
+	@$(ONE) $(BIN)/python tools/notebooks.py $(NB)
 
 readme: $(READY) ## make README.md from nbs/index.ipynb
 	@$(BIN)/python tools/readme.py

@@ -7,9 +7,10 @@ Docs: https://fastcb.github.io/fastcb_training/gradient.html.md"""
 # %% auto #0
 __all__ = ['GradientAccumulation', 'GradientClip']
 
-# %% ../nbs/02_gradient.ipynb #ddea31f3
+# %% ../nbs/02_gradient.ipynb #5e82de93
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from itertools import chain
 from numbers import Real
 
@@ -25,7 +26,7 @@ from torch.utils.hooks import unserializable_hook
 
 from .core import FitCallback, check, check_amount, warn_user
 
-# %% ../nbs/02_gradient.ipynb #a508e88d
+# %% ../nbs/02_gradient.ipynb #4d76a747
 class _Window:
     "The batches from one optimizer step to the next; the gradients hold `Σ countᵢ·gradᵢ / divisor`"
     last = None # Number of the epoch's last batch
@@ -41,13 +42,15 @@ class _Window:
     def add(self,
         batch:float, # Items in the batch that comes next
         share:float=None, # What it adds to the items, if that is not `batch`
-    ): self.batch,self.share = batch,batch if share is None else share
+    ):
+        self.batch,self.share = batch,batch if share is None else share
+        if isinstance(self.share, float): self.share = Fraction(self.share) # ten tenths are one
 
     @unserializable_hook
     def weigh(self, grad):
         "The backward pass reaches the loss: the batch counts, and its gradient gets its weight"
         self.items,self.share = self.items+self.share,0
-        return None if self.adds_up else grad*(self.batch/self.divisor)
+        return None if self.adds_up else grad*float(self.batch/self.divisor)
 
     def close(self, params):
         "Divide by what was gathered, where that is not what was wanted"
@@ -95,12 +98,13 @@ def _count(self:GradientAccumulation):
     window.add(check_amount('count', self.count(learn.yb), zero=True) if learn.yb else 0)
     if self._ddp: self._agree()
 
-# %% ../nbs/02_gradient.ipynb #7884d38a
+# %% ../nbs/02_gradient.ipynb #babffe0a
 def _adds_up(loss_func):
-    "Is it a sum? `MixUp` and `CutMix` keep the user's loss in `old_lf`, a `partial` its arguments in `keywords`"
+    "Is it a sum? `MixUp` and `CutMix` keep the user's loss in `old_lf`"
     loss_func = getattr(getattr(loss_func, '__self__', None), 'old_lf', loss_func)
-    reduction = getattr(loss_func, 'reduction', None) or getattr(loss_func, 'keywords', {}).get('reduction')
-    return reduction == 'sum'
+    if not isinstance(loss_func, partial): return getattr(loss_func, 'reduction', 'mean') == 'sum'
+    if 'reduction' in loss_func.keywords: return loss_func.keywords['reduction'] == 'sum'
+    return _adds_up(loss_func.func)
 
 # %% ../nbs/02_gradient.ipynb #8645d832
 @patch

@@ -163,7 +163,7 @@ tokens,pixels,classes,values = labelled(40, 7),labelled(40, 4, 4),labelled(40),i
     (nn.MSELoss(reduction='sum'), values, 12, find_bs),
     (partial(F.mse_loss, reduction='sum'), values, 12, find_bs),
     (partial(nn.MSELoss(reduction='sum')), values, 12, find_bs),
-], ids='tokens pixels ignored weights weights_sum smooth smooth_sum focal dice l1 sum partial_sum partial_of_sum'.split())
+], ids='tokens pixels ignored weights weights_sum smooth smooth_sum focal dice l1 sum partial nested'.split())
 @pytest.mark.parametrize('flush', [False, True])
 def test_losses(loss_func, data, n_acc, count, flush):
     torch.manual_seed(0)

@@ -1,5 +1,5 @@
 "Runs notebooks in place and cleans them: the ones named, or all"
-import re, sys, time
+import os, re, sys, time
 from pathlib import Path
 
 import nbformat
@@ -46,6 +46,8 @@ def run(path):
 
 
 if __name__ == '__main__':
+    # torch's, of what fastai calls: it would be stored, with the place of the environment
+    os.environ['PYTHONWARNINGS'] = 'ignore::FutureWarning'
     for name in sys.argv[1:] or sorted(nbglob()):
         start = time.time()
         run(Path(name).resolve())
