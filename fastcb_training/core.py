@@ -7,10 +7,11 @@ Docs: https://fastcb.github.io/fastcb_training/core.html.md"""
 # %% auto #0
 __all__ = ['FitCallback', 'check', 'check_amount', 'warn_user']
 
-# %% ../nbs/00_core.ipynb #35e61988
+# %% ../nbs/00_core.ipynb #f6eacfe9
 from collections.abc import Callable
 from math import isfinite
-from numbers import Integral, Real
+from numbers import Real
+from reprlib import repr as short_repr
 from warnings import warn_explicit
 
 from fastai.callback.core import Callback
@@ -46,7 +47,7 @@ class FitCallback(Callback):
         if name.startswith('_'): vars(self)[name] = value # `Callback` warns if the model has something of that name
         else: super().__setattr__(name, value)
 
-# %% ../nbs/00_core.ipynb #b41e43d1
+# %% ../nbs/00_core.ipynb #8b7244e1
 def check(
     name:str, # The argument's name
     value, # What was given
@@ -56,8 +57,8 @@ def check(
 ): # `value`
     "`value`, or a `TypeError` if it is none of `types`, or a `ValueError` if it is not `ok`"
     if not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
-        raise TypeError(f'`{name}` has to be {allowed}, not {value!r}, which is a {type(value).__name__}')
-    if not ok(value): raise ValueError(f'`{name}` has to be {allowed}, not {value!r}')
+        raise TypeError(f'`{name}` has to be {allowed}, not {short_repr(value)}, which is a {type(value).__name__}')
+    if not ok(value): raise ValueError(f'`{name}` has to be {allowed}, not {short_repr(value)}')
     return value
 
 # %% ../nbs/00_core.ipynb #0a8fcbdd
