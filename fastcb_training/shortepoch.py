@@ -17,7 +17,7 @@ from fastcore.basics import GetAttr, patch, store_attr
 
 from .core import FitCallback, check
 
-# %% ../nbs/01_shortepoch.ipynb #13f350b5
+# %% ../nbs/01_shortepoch.ipynb #120c3c57
 class _ShortDL(GetAttr):
     "A view of `dl` that ends after `n` of the `batches`, and is `dl` in all else"
     _default = 'dl'
@@ -25,13 +25,12 @@ class _ShortDL(GetAttr):
     def __len__(self): return self.n
     def __iter__(self):
         yield from islice(self.batches, self.n)
-        _let_go(self.dl)
+        if self.batches is self.dl or getattr(self.dl, 'indexed', False): _let_go(self.dl)
 
-# %% ../nbs/01_shortepoch.ipynb #94ca71b4
+# %% ../nbs/01_shortepoch.ipynb #671891fa
 def _let_go(dl):
     "As fastai's `one_batch` does; `DistributedDL` has the loader in `dl`"
-    for o in dl,getattr(dl, 'dl', None):
-        if getattr(o, 'indexed', False): vars(o).pop('it', None)
+    for o in dl,getattr(dl, 'dl', None): getattr(o, '__dict__', {}).pop('it', None)
 
 # %% ../nbs/01_shortepoch.ipynb #23887df4
 class ShortEpochCallback(FitCallback):
@@ -91,7 +90,7 @@ def _endless(dl):
         batch = None
         for batch in dl: yield batch
 
-# %% ../nbs/01_shortepoch.ipynb #3d1374e1
+# %% ../nbs/01_shortepoch.ipynb #93605a77
 @patch
 def _go_on(self:ShortEpochCallback):
     "The batches from where the last epoch stopped, unless somebody has replaced the loader"
@@ -101,5 +100,7 @@ def _go_on(self:ShortEpochCallback):
 @patch
 def _stop(self:ShortEpochCallback):
     "Let the workers go"
-    if self._passes: self._passes.batches.close()
+    if self._passes:
+        self._passes.batches.close()
+        _let_go(self._passes.dl)
     self._data = self._passes = None
