@@ -7,14 +7,14 @@ Docs: https://fastcb.github.io/fastcb_training/core.html.md"""
 # %% auto #0
 __all__ = ['FitCallback', 'check', 'check_amount', 'warn_user']
 
-# %% ../nbs/00_core.ipynb #f6eacfe9
+# %% ../nbs/00_core.ipynb #bdf2e3c5
 from collections.abc import Callable
 from math import isfinite
 from numbers import Real
-from reprlib import repr as short_repr
 from warnings import warn_explicit
 
 from fastai.callback.core import Callback
+from fastcore.xtras import truncstr
 
 # %% ../nbs/00_core.ipynb #b760aefe
 class FitCallback(Callback):
@@ -47,7 +47,7 @@ class FitCallback(Callback):
         if name.startswith('_'): vars(self)[name] = value # `Callback` warns if the model has something of that name
         else: super().__setattr__(name, value)
 
-# %% ../nbs/00_core.ipynb #8b7244e1
+# %% ../nbs/00_core.ipynb #56e22456
 def check(
     name:str, # The argument's name
     value, # What was given
@@ -57,8 +57,8 @@ def check(
 ): # `value`
     "`value`, or a `TypeError` if it is none of `types`, or a `ValueError` if it is not `ok`"
     if not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
-        raise TypeError(f'`{name}` has to be {allowed}, not {short_repr(value)}, which is a {type(value).__name__}')
-    if not ok(value): raise ValueError(f'`{name}` has to be {allowed}, not {short_repr(value)}')
+        raise TypeError(f'`{name}` has to be {allowed}, not {truncstr(repr(value), 80)}, which is a {type(value).__name__}')
+    if not ok(value): raise ValueError(f'`{name}` has to be {allowed}, not {truncstr(repr(value), 80)}')
     return value
 
 # %% ../nbs/00_core.ipynb #0a8fcbdd

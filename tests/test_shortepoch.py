@@ -292,8 +292,9 @@ def test_fetch_preds_inside_a_fit():
     start()[0].fit(2, cbs=[ShortEpochCallback(.3), fetch])
     assert [len(o) for o in fetch.preds] == [80, 80]
 
-def test_lr_find_sees_all_its_data():
-    learners = [start(cbs=cbs)[0] for cbs in (None, ShortEpochCallback(.1), ShortEpochCallback(.1, resume=True))]
+def test_lr_find_sees_all_its_data(tmp_path):
+    kinds = None, ShortEpochCallback(.1), ShortEpochCallback(.1, resume=True)
+    learners = [start(cbs=cbs, path=tmp_path)[0] for cbs in kinds]
     rates = [l.lr_find(num_it=50, stop_div=False, show_plot=False) for l in learners]
     left = [(l.recorder.lrs, l.recorder.losses, weights(l.model).tolist()) for l in learners]
     assert rates[0] == rates[1] == rates[2] and left[0] == left[1] == left[2] and len(left[0][0]) == 50
