@@ -47,7 +47,7 @@ class FitCallback(Callback):
         if name.startswith('_'): vars(self)[name] = value # `Callback` warns if the model has something of that name
         else: super().__setattr__(name, value)
 
-# %% ../nbs/00_core.ipynb #56e22456
+# %% ../nbs/00_core.ipynb #7b363d93
 def check(
     name:str, # The argument's name
     value, # What was given
@@ -56,9 +56,10 @@ def check(
     ok:Callable=lambda value: True, # Of these types, is `value` allowed?
 ): # `value`
     "`value`, or a `TypeError` if it is none of `types`, or a `ValueError` if it is not `ok`"
+    def refusal(more=''): return f'`{name}` has to be {allowed}, not {truncstr(repr(value), 80)}{more}'
     if not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
-        raise TypeError(f'`{name}` has to be {allowed}, not {truncstr(repr(value), 80)}, which is a {type(value).__name__}')
-    if not ok(value): raise ValueError(f'`{name}` has to be {allowed}, not {truncstr(repr(value), 80)}')
+        raise TypeError(refusal(f', which is a {type(value).__name__}'))
+    if not ok(value): raise ValueError(refusal())
     return value
 
 # %% ../nbs/00_core.ipynb #0a8fcbdd
