@@ -21,7 +21,7 @@ test: $(READY) ## check everything: modules, notebooks, README, tests, workflows
 	@echo '== Notebooks run'
 	@$(ONE) $(BIN)/nbdev-test
 	@echo '== Tests pass'
-	@$(ONE) $(BIN)/python -m pytest
+	@$(ONE) $(BIN)/python -m pytest -n auto --dist loadscope
 	@echo '== Workflows are valid'
 	@$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	@$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
