@@ -75,7 +75,9 @@ def _length(dl):
 @patch
 def _n_short(self:ShortEpochCallback, n):
     "How many of `n` batches are fitted"
-    return ceil(Fraction(str(self.pct))*n) if self.n_batches is None else min(self.n_batches, n)
+    if self.n_batches is not None: return min(self.n_batches, n)
+    pct = Fraction(str(self.pct)).limit_denominator(10**9) # what was meant: 7/100 for .07, 5/6 for 5/6
+    return max(1, ceil(pct*n))
 
 # %% ../nbs/01_shortepoch.ipynb #c2facb84
 class _Passes:

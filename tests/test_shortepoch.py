@@ -87,6 +87,9 @@ def test_numbers_of_numpy_are_numbers():
     for kwargs in (dict(pct=np.float32(.07)), dict(pct=np.float64(.07)), dict(n_batches=np.int64(7))):
         assert [len(o) for o in phases(ShortEpochCallback(**kwargs), 100, 200)] == [7, 14 if 'pct' in kwargs else 7]
 
+@pytest.mark.parametrize('pct, n', [(1e-12, [1, 1]), (5e-324, [1, 1]), (5/6, [84, 5]), (1 - 1e-12, [100, 6])])
+def test_parts_that_no_decimal_says(pct, n): assert [len(o) for o in phases(ShortEpochCallback(pct), 100, 6)] == n
+
 @examples(40)
 @given(st.integers(1, 10_000), st.none()|st.integers(1, 12), st.integers(1, 60), st.integers(0, 20), st.integers(1, 9),
        st.booleans(), st.booleans(), st.booleans(), st.integers(1, 3))
