@@ -41,10 +41,9 @@ class _Window:
 
     def add(self,
         batch:float, # Items in the batch that comes next
-        share:float=None, # What it adds to the items, if that is not `batch`
     ):
-        self.batch,self.share = batch,batch if share is None else share
-        if isinstance(self.share, float): self.share = Fraction(self.share) # ten tenths are one
+        self.batch = batch # in the weight of its gradient
+        self.share = Fraction(batch) if isinstance(batch, float) else batch # in the window; ten tenths are one
 
     @unserializable_hook
     def weigh(self, grad):
@@ -109,6 +108,7 @@ def _adds_up(loss_func):
 # %% ../nbs/02_gradient.ipynb #8645d832
 @patch
 def _hang(self:GradientAccumulation):
+    self._desync() # the forward pass has read it, and what fails from here on leaves it so
     if not self.window.batch: self._pass_over()
     self.learn.loss_grad.register_hook(self.window.weigh)
 
@@ -170,10 +170,12 @@ def _drop(self:GradientAccumulation):
 @patch
 def _agree(self:GradientAccumulation):
     window,ddp = self.window,self._ddp
-    if self.count is not find_bs: # a fraction, since thirds do not add up to whole floats
-        total = _sum(torch.tensor(float(window.batch), dtype=torch.float64, device=ddp.device), ddp)
-        window.share = Fraction(total.item())/dist.get_world_size(ddp.process_group)
-    ddp.require_backward_grad_sync = self._closes(window.items+window.share)
+    total = _sum(torch.tensor(float(window.batch), dtype=torch.float64, device=ddp.device), ddp)
+    window.share = Fraction(total.item())/dist.get_world_size(ddp.process_group) # thirds do not add up to whole floats
+    ddp.require_backward_grad_sync = self._synchronises()
+
+@patch
+def _synchronises(self:GradientAccumulation): return self._closes(self.window.items+self.window.share)
 
 # %% ../nbs/02_gradient.ipynb #83a3511a
 @patch
@@ -190,7 +192,7 @@ def _sum(t, ddp):
 @patch
 def _pass_over(self:GradientAccumulation):
     "No backward pass, unless the other processes wait for this one: then one that adds zeros"
-    if not (self._ddp and self._ddp.require_backward_grad_sync):
+    if not (self._ddp and self._synchronises()):
         self.window.items += self.window.share
         raise CancelBackwardException
     self.learn.loss_grad = sum(o.sum() for o in L(self.learn.pred))*0
@@ -198,9 +200,12 @@ def _pass_over(self:GradientAccumulation):
 # %% ../nbs/02_gradient.ipynb #5a4d1881
 @patch
 def _average(self:GradientAccumulation):
-    "What a closing batch does in its backward pass"
-    for p in _params(self.learn.opt):
-        if p.grad is not None: _sum(p.grad, self._ddp).div_(dist.get_world_size(self._ddp.process_group))
+    "What a closing batch does in its backward pass, also for a parameter that some of the processes did not use"
+    params,ddp = list(_params(self.learn.opt)),self._ddp
+    used = _sum(torch.tensor([float(p.grad is not None) for p in params], device=ddp.device), ddp)
+    for p in (p for p,n in zip(params, used) if n):
+        if p.grad is None: p.grad = torch.zeros_like(p)
+        _sum(p.grad, ddp).div_(dist.get_world_size(ddp.process_group))
 
 # %% ../nbs/02_gradient.ipynb #4ce89b8b
 _policies = 'skip','raise','ignore'

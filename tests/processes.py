@@ -2,6 +2,7 @@
 import sys
 from pathlib import Path
 
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from fastai.distributed import *
 from torch import distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -38,6 +39,14 @@ class Twice(nn.Module):
     def forward(self, x): return self.layer(x)
 
 
+class Branches(nn.Module):
+    "A model of which the first process uses `first`, the others use `others`, and none uses `unused`"
+    def __init__(self):
+        super().__init__()
+        self.first,self.others,self.unused = nn.Linear(3, 1),nn.Linear(3, 1),nn.Linear(3, 1)
+    def forward(self, x): return (self.others if dist.get_rank() else self.first)(x)
+
+
 def twice_loss(learn):
     "A loss that calls the model again"
     return lambda pred, targ: F.mse_loss(pred, targ)+F.mse_loss(learn.model(learn.xb[0]), targ)
@@ -52,20 +61,26 @@ def unmasked(yb): return (~yb[0].isnan()).sum()
 def cancel_last(cb):
     if cb.training and cb.iter == cb.n_iter-1: raise CancelBatchException
 
-def fit(cbs, n=40, bs=4, n_epoch=2, lr=.01, model=None, loss_func=None, mask=None, shuffle=False, ctx={}, fails=()):
+def uneven(dls, sizes):
+    "`dls` with training batches of these `sizes`, which the processes deal out among themselves"
+    train = list(zip(*(o.split(sizes) for o in dls.train_ds.tensors)))
+    return DataLoaders(DataLoader(train, bs=None), dls.valid, device='cpu')
+
+def fit(cbs, n=40, bs=4, n_epoch=2, lr=.01, model=None, loss_func=None, mask=None, sizes=None, shuffle=False, ctx={}, fails=(),
+        on_learner=()):
     "Fit on all processes; what this one saw"
     dls = regression(n, bs, n_valid=12, shuffle=shuffle)
     if mask is not None: dls.train_ds.tensors[1][mask] = float('nan')
-    learn = linear_learner(dls, model)
+    torch.manual_seed(0)
+    learn = linear_learner(uneven(dls, sizes) if sizes else dls, model and model(), cbs=on_learner)
     if loss_func: learn.loss_func = loss_func(learn) if loss_func is twice_loss else loss_func
-    probe,syncs = Probe(),Syncs()
+    probe,syncs,ddp = Probe(),Syncs(),[]
     with learn.distrib_ctx(cpu=True, sync_bn=False, **ctx):
-        try: learn.fit(n_epoch, lr, cbs=[probe, syncs, *cbs])
+        try: learn.fit(n_epoch, lr, cbs=[probe, syncs, At('before_train', lambda cb: ddp.append(cb.learn.model)), *cbs])
         except fails: pass
-        after = getattr(learn.model, 'require_backward_grad_sync', None)
     model = getattr(learn.model, 'module', learn.model)
     return dict(xs=probe.xs, valid_xs=probe.valid_xs, grads=probe.grads, losses=probe.losses, syncs=syncs.n, flags=syncs.flags,
-                after=after, weights=weights(model), rows=learn.recorder.values, no_grads=no_grads(learn),
+                after=ddp[0].require_backward_grad_sync, weights=weights(model), rows=learn.recorder.values, no_grads=no_grads(learn),
                 state={k: v.clone() for k,v in model.state_dict().items()})
 
 
@@ -90,20 +105,23 @@ cases = dict(
     masked_flushed=lambda: fit([GradientAccumulation(7, count=unmasked, flush=True)], loss_func=masked_mse, mask=mask),
     last_cancelled=lambda: fit([GradientAccumulation(12, flush=True), At('before_batch', cancel_last)]),
     twice=lambda: fit([GradientAccumulation(8)], loss_func=twice_loss),
-    unused=lambda: fit([GradientAccumulation(8)], model=Twice(), ctx=dict(
+    uneven=lambda: fit([GradientAccumulation(8)], sizes=[4, 1, 7, 2, 6, 3, 5, 4, 8]),
+    branches=lambda: fit([GradientAccumulation(100, flush=True), At('before_batch', cancel_last)], model=Branches),
+    unused=lambda: fit([GradientAccumulation(8)], model=Twice, ctx=dict(
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])),
     clipped=lambda: fit([GradientAccumulation(8), GradientClip(.5)]),
     cancelled=lambda: fit([GradientAccumulation(12), At('after_loss', stop(CancelFitException), it=1)]),
     failed=lambda: fit([GradientAccumulation(12), At('after_loss', stop(ValueError('on purpose')), it=1)], fails=(ValueError,)),
+    failed_on_learner=lambda: fit([At('after_backward', stop(ValueError('on purpose')), it=1)], fails=(ValueError,),
+                                  on_learner=[GradientAccumulation(12)]),
     short=lambda: fit([ShortEpochCallback(.4)], lr=0.),
     resumed=lambda: fit([ShortEpochCallback(n_batches=2, resume=True)], n_epoch=5, shuffle=True, lr=0.),
-    frozen=lambda: fit([Synchronise, BnFreeze], model=frozen_bn_model()),
+    frozen=lambda: fit([Synchronise, BnFreeze], model=frozen_bn_model),
     all=lambda: fit([Synchronise, BnFreeze, GradientAccumulation(8), GradientClip, ShortEpochCallback(.8)],
-                    model=frozen_bn_model()),
+                    model=frozen_bn_model),
 )
 
 if __name__ == '__main__':
-    from accelerate import Accelerator, DistributedDataParallelKwargs
     Accelerator(cpu=True) # starts the process group
     seen = {name: case() for name,case in cases.items()}
     torch.save(seen, Path(sys.argv[1])/f'{dist.get_rank()}.pt')

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from common import *
+from processes import Branches, mask
 
 HERE = Path(__file__).parent
 
@@ -31,7 +32,6 @@ def twin(seen, case, n_acc, flush=False, loss_func=F.mse_loss, count=len, max_no
     def targ(x): # of the recorded inputs, in the data set
         y = full[1][[(full[0] == row).all(1).nonzero()[0, 0].item() for row in x]].clone()
         if case.startswith('masked'):
-            from processes import mask
             for i,row in enumerate(x):
                 if (full[0] == row).all(1).nonzero()[0, 0].item() in mask: y[i] = float('nan')
         return y
@@ -72,7 +72,7 @@ def unmasked(targ): return (~targ.isnan()).sum().item()
 
 @pytest.mark.parametrize('case, kwargs', [
     ('exact', dict(n_acc=8)), ('carried', dict(n_acc=12)), ('flushed', dict(n_acc=12, flush=True)),
-    ('ragged', dict(n_acc=7, flush=True)), ('clipped', dict(n_acc=8, max_norm=.5)),
+    ('ragged', dict(n_acc=7, flush=True)), ('uneven', dict(n_acc=8)), ('clipped', dict(n_acc=8, max_norm=.5)),
     ('masked', dict(n_acc=3, loss_func=masked_mse, count=unmasked)),
     ('masked_flushed', dict(n_acc=7, flush=True, loss_func=masked_mse, count=unmasked)),
     ('twice', dict(n_acc=8, loss_func=lambda *o: 2*F.mse_loss(*o)))])
@@ -89,9 +89,23 @@ def test_unused_parameters(seen):
         assert torch.equal(r['weights'], ranks(seen, 'unused')[0]['weights'])
 
 
-@pytest.mark.parametrize('case', ['cancelled', 'failed'])
+def test_what_not_all_processes_use_is_flushed(seen):
+    "In parameters that nobody uses, there is nothing to step"
+    torch.manual_seed(0)
+    fresh,first = Branches().state_dict(),ranks(seen, 'branches')[0]
+    for r in ranks(seen, 'branches'):
+        assert len(r['grads']) == 2 and torch.equal(r['weights'], first['weights'])
+        assert {k.split('.')[0] for k in fresh if not torch.equal(fresh[k], r['state'][k])} == {'first', 'others'}
+
+
+@pytest.mark.parametrize('case', ['cancelled', 'failed', 'failed_on_learner'])
 def test_synchronising_is_left_as_it_was_found(seen, case):
-    for r in ranks(seen, case): assert r['after'] in (True, None) and r['no_grads'] and not r['grads']
+    for r in ranks(seen, case): assert [r['flags'], r['after'], r['grads']] == [[True]*2, True, []]
+
+
+@pytest.mark.parametrize('case', ['cancelled', 'failed'])
+def test_no_gradient_is_left(seen, case):
+    for r in ranks(seen, case): assert r['no_grads']
 
 
 def test_short_epochs_are_equally_long_on_each_process(seen):
