@@ -17,7 +17,7 @@ def seen(request, tmp_path_factory):
     command = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={n}',
                HERE/'processes.py', out]
     done = subprocess.run(command, env=os.environ|{'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': '1', 'CUDA_VISIBLE_DEVICES': ''},
-                          text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
+                          text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=180)
     assert done.returncode == 0, done.stdout[-4000:]
     return [torch.load(out/f'{rank}.pt', weights_only=False) for rank in range(n)]
 

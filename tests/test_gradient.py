@@ -40,7 +40,7 @@ def spoil(batches, it, value):
 def learner(batches, model=None, loss_func=None, **kwargs):
     "A Learner that trains `batches`, in this order"
     train,valid = DataLoader(Held(batches), bs=None),DataLoader(Held(zip(*batches[0])), bs=4)
-    return linear_learner(DataLoaders(train, valid, device='cpu'), model, loss_func, **kwargs)
+    return linear_learner(DataLoaders(train, valid, device=batches[0][0].device), model, loss_func, **kwargs)
 
 
 # The trusted twin: big batches, in plain PyTorch
@@ -541,13 +541,27 @@ def test_wrapped_optimizer(flush):
     assert torch.allclose(weights(learn.model), expected, rtol=1e-5) and no_grads(learn)
 
 
-# Mixed precision
+# Mixed precision, on a CPU and on a GPU
 
 class CpuMixedPrecision(MixedPrecision):
     "fastai's callback, on a CPU"
     def before_fit(self):
-        self.autocast = torch.autocast('cpu', torch.bfloat16)
+        half = self.amp_mode == AMPMode.FP16
+        self.autocast = torch.autocast('cpu', torch.float16 if half else torch.bfloat16)
         self.learn.scaler,self.scales = torch.amp.GradScaler('cpu', **self.kwargs),L()
+
+gpu = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no CUDA GPU')]
+on_each = pytest.mark.parametrize('amp', [
+    pytest.param((device, mode), id=f'{device}_{mode}', marks=gpu if device == 'cuda' else [])
+    for device in ('cpu', 'cuda') for mode in ('fp16', 'bf16')])
+
+def precision(amp, init_scale=2.**4, growth_interval=1, **kwargs):
+    "fastai's callback for a device and a mode; its scale doubles with each step, but for bf16 on a GPU, which needs none"
+    device,mode = amp
+    cls = MixedPrecision if device == 'cuda' else CpuMixedPrecision
+    return cls(mode, init_scale=init_scale, growth_interval=growth_interval, **kwargs)
+
+def on_device(amp, batches): return Held(tuple(o.to(amp[0]) for o in batch) for batch in batches)
 
 class Scales(Callback):
     "Record the scale after each batch, as a power of 2"
@@ -555,53 +569,73 @@ class Scales(Callback):
     def __init__(self): self.seen = []
     def after_batch(self): self.seen.append(math.log2(self.learn.scaler.get_scale()))
 
-def growing(): return CpuMixedPrecision(init_scale=2.**10, growth_interval=1)
+def check_scales(amp, scales, exponents):
+    "One exponent a batch"
+    assert scales.seen == ([0]*len(exponents) if amp == ('cuda', 'bf16') else exponents)
 
+@on_each
 @pytest.mark.parametrize('n_acc', [8, 7])
-def test_mixed_precision(n_acc):
+def test_mixed_precision(n_acc, amp):
     "The scale grows once a window, and those who come later see unscaled gradients"
-    batches,scales,clip = batches_of(*[4]*6),Scales(),Clip(inf)
+    batches,scales,clip = on_device(amp, batches_of(*[4]*6)),Scales(),Clip(inf)
     norms = Norms(clip)
-    steps = check(learner(batches), [Acc(n_acc), growing(), clip, scales, norms], windows(batches, 8), tol=2e-2)
-    assert scales.seen == [10, 11, 11, 12, 12, 13]
-    assert np.allclose(norms.norms, [g.norm() for g in steps.grads])
+    steps = check(learner(batches), [Acc(n_acc), precision(amp), clip, scales, norms], windows(batches, 8), tol=2e-2)
+    check_scales(amp, scales, [4, 5, 5, 6, 6, 7])
+    assert np.allclose(norms.norms, [g.norm().item() for g in steps.grads])
 
-def test_scale_does_not_matter():
-    batches,grads = batches_of(4, 3, 5, 4, 2),[]
-    for scale in (1., 2.**12):
+@on_each
+def test_scale_does_not_matter(amp):
+    batches,grads = on_device(amp, batches_of(4, 3, 5, 4, 2)),[]
+    for scale in (2., 2.**6):
         steps = Steps()
-        learner(batches).fit(1, .01, cbs=[Acc(8), CpuMixedPrecision(init_scale=scale), Clip(inf), steps])
+        cbs = [Acc(8), precision(amp, scale, growth_interval=1000), Clip(inf), steps]
+        learner(batches).fit(1, .01, cbs=cbs)
         grads.append(torch.stack(steps.grads))
     assert torch.equal(*grads)
 
+@on_each
 @pytest.mark.parametrize('bad', range(6))
 @pytest.mark.parametrize('flush', [False, True])
-def test_overflow_skips_its_window_alone(bad, flush):
-    batches,scales = batches_of(*[4]*6),Scales()
+def test_overflow_skips_its_window_alone(bad, flush, amp):
+    batches,scales = on_device(amp, batches_of(*[4]*6)),Scales()
     batches[bad][0].mul_(1e30)
     learn,wins = learner(batches),windows(batches, 8)
-    check(learn, [Acc(8, flush=flush), growing(), Clip(inf), scales], wins[:bad//2] + wins[bad//2+1:], tol=2e-2)
-    exponents = np.cumsum([10, *[-1 if o == bad//2 else 1 for o in range(3)]])
-    assert scales.seen == np.repeat(exponents, 2)[1:-1].tolist() and no_grads(learn)
+    check(learn, [Acc(8, flush=flush), precision(amp), Clip(inf), scales], wins[:bad//2] + wins[bad//2+1:], tol=2e-2)
+    exponents = np.cumsum([4, *[-1 if o == bad//2 else 1 for o in range(3)]])
+    check_scales(amp, scales, np.repeat(exponents, 2)[1:-1].tolist())
+    assert no_grads(learn)
 
+@on_each
+@pytest.mark.parametrize('n_acc', [8, 7])
+def test_clip_in_mixed_precision(n_acc, amp):
+    "Clipped is what was unscaled, once a window: 1 is left of a norm above 1"
+    batches,clip = on_device(amp, batches_of(*[4]*6)),Clip(1.)
+    norms = Norms(clip)
+    learner(batches).fit(1, .001, cbs=[Acc(n_acc), precision(amp), clip, norms])
+    assert len(norms.grads) == 3 and all(o > 1 for o in norms.norms)
+    assert np.allclose([g.norm().item() for g in norms.grads], 1, rtol=1e-4)
+
+@on_each
 @pytest.mark.parametrize('empty', range(3))
-def test_mixed_precision_and_a_batch_that_counts_0(empty):
-    batches,scales = spoil(batches_of(4, 4, 4), empty, nan),Scales()
+def test_mixed_precision_and_a_batch_that_counts_0(empty, amp):
+    batches,scales = on_device(amp, spoil(batches_of(4, 4, 4), empty, nan)),Scales()
     wins = windows(batches, 12, 2, flush=True, skip={empty})
-    check(learner(batches), [Acc(12, count=finite_items, flush=True), growing(), scales], wins, 2, tol=2e-2)
-    assert scales.seen == [10, 10, 11, 11, 11, 12]
+    check(learner(batches), [Acc(12, count=finite_items, flush=True), precision(amp), scales], wins, 2, tol=2e-2)
+    check_scales(amp, scales, [4, 4, 5, 5, 5, 6])
 
-def test_mixed_precision_and_a_flush_after_a_cancelled_batch():
-    batches,scales,clip = batches_of(4, 4, 4),Scales(),Clip(inf)
+@on_each
+def test_mixed_precision_and_a_flush_after_a_cancelled_batch(amp):
+    batches,scales,clip = on_device(amp, batches_of(4, 4, 4)),Scales(),Clip(inf)
     cut = At('before_batch', stop(CancelBatchException()), 2, order=-20)
     wins = windows(batches, 12, 2, flush=True, skip={2})
-    steps = check(learner(batches), [Acc(12, flush=True), growing(), clip, scales, cut], wins, 2, tol=2e-2)
-    assert scales.seen == [10, 10, 10, 11, 11, 11] and torch.allclose(clip.norm, steps.grads[-1].norm())
+    steps = check(learner(batches), [Acc(12, flush=True), precision(amp), clip, scales, cut], wins, 2, tol=2e-2)
+    check_scales(amp, scales, [4, 4, 4, 5, 5, 5])
+    assert torch.allclose(clip.norm, steps.grads[-1].norm())
 
 @pytest.mark.parametrize('order', [1, -1], ids=['sorted', 'reversed'])
 def test_given_in_any_order(order):
     steps = Steps()
-    learner(batches_of(*[4]*6)).fit(1, .01, cbs=[*[Acc(8), CpuMixedPrecision(), Clip()][::order], steps])
+    learner(batches_of(*[4]*6)).fit(1, .01, cbs=[*[Acc(8), precision(('cpu', 'bf16')), Clip()][::order], steps])
     assert len(steps.grads) == 3 and all(abs(g.norm()-1) < 1e-5 for g in steps.grads)
 
 
