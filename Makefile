@@ -7,13 +7,16 @@ READY  := .venv/.ready
 ONE    := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test notebooks readme docs quarto
+.PHONY: help demo distributed test test-cuda notebooks readme docs quarto
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
 
 demo: $(READY) ## see the callbacks at work on real handwritten digits
 	@$(BIN)/python examples/digits.py
+
+distributed: $(READY) ## train on two processes of this machine
+	@CUDA_VISIBLE_DEVICES= $(ONE) $(BIN)/python -W ignore -m torch.distributed.run --standalone --nproc-per-node 2 examples/distributed.py
 
 test: $(READY) ## check everything: modules, notebooks, README, tests, workflows
 	@echo '== What nbdev generates is current'
@@ -27,6 +30,11 @@ test: $(READY) ## check everything: modules, notebooks, README, tests, workflows
 	@$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 	@$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml
 	@$(BIN)/zizmor --offline --quiet .
+
+test-cuda: $(READY) ## check what needs a CUDA GPU
+	@if $(BIN)/python -W ignore -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(BIN)/python -m pytest -m cuda && $(BIN)/nbdev-test --flags cuda; \
+	else echo 'There is no CUDA GPU here: the tests and the cells marked cuda were skipped'; fi
 
 notebooks: $(READY) ## export, run and clean the notebooks in place (one: NB=nbs/02_gradient.ipynb)
 	@$(BIN)/nbdev-export
