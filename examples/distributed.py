@@ -9,6 +9,8 @@ Without torchrun it runs as one process, which has nothing to synchronise.
 """
 import hashlib,sys,time,warnings
 warnings.filterwarnings('ignore', category=FutureWarning, module='torch')  # from fastai's imports
+try: import accelerate
+except ImportError: sys.exit("Several processes need accelerate: pip install 'fastcb_training[distributed]'")
 from fastai.callback.training import GradientAccumulation as FastaiAccumulation
 from fastai.distributed import *
 from fastai.vision.all import *

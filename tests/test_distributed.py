@@ -94,7 +94,7 @@ def test_what_not_all_processes_use_is_flushed(seen):
     torch.manual_seed(0)
     fresh,first = Branches().state_dict(),ranks(seen, 'branches')[0]
     for r in ranks(seen, 'branches'):
-        assert len(r['grads']) == 2 and torch.equal(r['weights'], first['weights'])
+        assert [len(o) for o in r['grads']] == [8, 8] and torch.equal(r['weights'], first['weights'])
         assert {k.split('.')[0] for k in fresh if not torch.equal(fresh[k], r['state'][k])} == {'first', 'others'}
 
 

@@ -22,9 +22,9 @@ del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name='__main__')
 '''
 
-def run(*args):
-    "Exit status, output and errors of Python with `args`"
-    env = os.environ|{'OMP_NUM_THREADS': '1'}  # threads that wait for a busy core take ten times as long
+def run(*args, **more):
+    "Exit status, output and errors of Python with `args`, and `more` in its environment"
+    env = os.environ|{'OMP_NUM_THREADS': '1'}|more  # threads that wait for a busy core take ten times as long
     done = subprocess.run([sys.executable, *map(str, args)], env=env, capture_output=True, text=True,
                           encoding='utf-8', timeout=300)
     return done.returncode, done.stdout, done.stderr
@@ -84,4 +84,40 @@ def test_digits_help():
     (('--out', __file__), '--out has to be a folder to write to, not ')])
 def test_digits_refuses(args, says):
     status, printed, errors = run(EXAMPLES/'digits.py', *args)
+    assert (status, printed) == (1, '') and errors.startswith(says) and errors.count('\n') == 1
+
+
+def run_distributed(*args):
+    "Exit status, output and errors of Python with `args` on two CPU processes"
+    return run('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2, *args, CUDA_VISIBLE_DEVICES='')
+
+def table_rows(printed):
+    "Rank, batches, steps, synchronisations, items a second, weights and accuracy, each row of each table"
+    return [line.split() for line in printed.splitlines() if re.match(r'\d ', line)]
+
+def test_distributed(tmp_path):
+    status, printed, errors = run_distributed(EXAMPLES/'distributed.py', '--epochs', 1, '--out', tmp_path)
+    assert status == 0, printed + errors
+    assert 'Processes: 2, on CPU. A step takes 2 × 64 images.' in printed
+    rows = table_rows(printed)
+    assert [row[:4] for row in rows] == [[rank, '44', '11', syncs] for syncs in ('44', '11') for rank in '01']
+    assert rows[0][5] == rows[1][5] and rows[2][5] == rows[3][5]
+    assert re.findall('(kept|BROKEN):', printed) == ['kept']*4
+
+def test_distributed_on_one_process(tmp_path):
+    status, printed, errors = run(EXAMPLES/'distributed.py', '--epochs', 1, '--out', tmp_path, CUDA_VISIBLE_DEVICES='')
+    assert (status, errors) == (0, ''), printed + errors
+    assert 'torchrun --nproc-per-node 2' in printed
+    assert [row[:4] for row in table_rows(printed)] == [['0', '88', '22', '0']]*2
+
+def test_distributed_says_what_is_broken(tmp_path):
+    (tmp_path/'without.py').write_text(WITHOUT)
+    status, printed, errors = run_distributed(tmp_path/'without.py', EXAMPLES/'distributed.py', '--epochs', 1, '--out', tmp_path)
+    assert status, printed + errors
+    assert re.findall('BROKEN: (.*)', printed) == ['a step takes a window, and not a batch']
+
+@pytest.mark.parametrize('args, says', [
+    (('--epochs', 0), '--epochs has to be 1 or more, not 0'), (('--out', __file__), '--out has to be a folder to write to, not ')])
+def test_distributed_refuses(args, says):
+    status, printed, errors = run(EXAMPLES/'distributed.py', *args, CUDA_VISIBLE_DEVICES='')
     assert (status, printed) == (1, '') and errors.startswith(says) and errors.count('\n') == 1

@@ -88,3 +88,30 @@ print(fastcb_training.__file__, fastcb_training.__version__, *sorted(names), sep
     file, version, *names = out.splitlines()
     assert Path(file) == site/'fastcb_training/__init__.py'
     assert version == VERSION and set(names) == NAMES
+
+
+# Runs what follows as if accelerate were not installed
+WITHOUT_ACCELERATE = "import sys; sys.modules['accelerate'] = None\n"
+
+def without_accelerate(code, *args):
+    "Exit status, output and errors"
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', WITHOUT_ACCELERATE + code, *args], capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+def test_accelerate_is_optional():
+    status, out, errors = without_accelerate('''
+from fastai.test_utils import *
+from fastcb_training.all import *
+learn = synth_learner()
+with learn.no_bar(), learn.no_logging():
+    learn.fit(1, cbs=[GradientAccumulation, GradientClip, ShortEpochCallback, BnFreeze])
+print(len(learn.recorder.losses))''')
+    assert (status, out) == (0, '1\n'), errors
+
+def test_example_says_what_to_install():
+    "fastai's own error is a NameError, which the page names: its import has no other"
+    status, out, errors = without_accelerate('import runpy; runpy.run_path(sys.argv[1], run_name="__main__")',
+                                             str(ROOT/'examples/distributed.py'))
+    assert (status, out) == (1, '') and errors == "Several processes need accelerate: pip install 'fastcb_training[distributed]'\n"
+    status, out, errors = without_accelerate('from fastai.distributed import *')
+    assert status == 1 and errors.splitlines()[-1] == "NameError: name 'Accelerator' is not defined"
