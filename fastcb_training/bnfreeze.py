@@ -8,6 +8,7 @@ Docs: https://fastcb.github.io/fastcb_training/bnfreeze.html.md"""
 __all__ = ['bn_types', 'frozen_bn', 'set_bn_eval', 'BnFreeze']
 
 # %% ../nbs/03_bnfreeze.ipynb #6f14f16e
+from collections.abc import Callable
 from functools import partial
 from math import inf
 
@@ -72,9 +73,9 @@ class BnFreeze(FitCallback):
         only_frozen:bool=True, # Let the layers that can be trained learn their statistics?
         **events, # Functions for fastai's events, such as `before_fit=...`; they come after what happens here
     ):
-        super().__init__(**events)
-        for event,f in events.items(): setattr(self, event, partial(_then, self, event, f))
+        super().__init__()
         self.only_frozen = check('only_frozen', only_frozen, bool, 'True or False')
+        for event,f in events.items(): setattr(self, event, _and_then(self, event, f))
 
     def start_fit(self): self._warned = False
     def end_fit(self): self._let_go()
@@ -107,8 +108,13 @@ def _let_go(self:BnFreeze):
     for layer in self._switched: layer.train(around.get(layer, self.learn).training)
     self._layers = self._switched = ()
 
+def _and_then(cb, event, f):
+    "What the class does at `event`, and then what the user wants"
+    if event not in cb._methods:
+        raise TypeError(f'`{event}` is none of the events of fastai, which are {", ".join(cb._methods)}')
+    return partial(_then, cb, event, check(event, f, Callable, 'a function of the callback'))
+
 def _then(cb, event, f):
-    "What the class does at an event, then what the user wants"
     getattr(type(cb), event, noop)(cb)
     return f(cb)
 
