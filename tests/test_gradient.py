@@ -780,7 +780,9 @@ def test_copies(cb, copy):
 def test_pickled_in_the_middle_of_a_fit(cb):
     "With it its Learner, whose loss has our hook"
     middle = InTheMiddle(cb.name, pickled)
-    learner(batches_of(*[4]*7)).fit(1, cbs=[cb, middle])
+    with warnings.catch_warnings():
+        if not ismin_torch('2.4'): warnings.filterwarnings('ignore', 'backward hook') # it overlooks `unserializable_hook`
+        learner(batches_of(*[4]*7)).fit(1, cbs=[cb, middle])
     copy, = middle.res
     copy.learn = None
     assert_works(copy)

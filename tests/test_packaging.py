@@ -59,8 +59,8 @@ def test_requirements(metadata, settings):
     extras = {k[:-len('_requirements')]: v.split() for k, v in settings.items() if k.endswith('_requirements')}
     assert set(metadata.get_all('Provides-Extra')) == set(extras) == {'distributed', 'bench', 'dev'}
     optional = {f'{r}; extra == "{name}"' for name, rs in extras.items() for r in rs}
-    assert set(metadata.get_all('Requires-Dist')) == {settings['requirements']} | optional
-    assert settings['requirements'] == 'fastai>=2.8'
+    assert set(metadata.get_all('Requires-Dist')) == {*settings['requirements'].split()} | optional
+    assert settings['requirements'].split() == ['fastai>=2.8.1', 'torch>=2.3']
 
 def test_wheel_has_the_package_and_nothing_else(dist):
     modules = {f'fastcb_training/{p.name}' for p in (ROOT/'fastcb_training').glob('*.py')}
