@@ -2,6 +2,7 @@
 from fastai.basics import *
 from fastai.callback.all import *
 from hypothesis import HealthCheck, settings
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import TensorDataset
 
 import fastai.callback.training as fastai_training
@@ -46,6 +47,19 @@ class Probe(Callback):
         if self.training: self.losses.append(self.loss.item())
 
 
+def items(batches): return [row.tolist() for x in batches for row in x]
+
+
+def left_by(learn, probe):
+    "What a fit leaves behind, as plain numbers"
+    rec = learn.recorder
+    return dict(header=list(rec.metric_names), rows=[list(o) for o in rec.values], lrs=rec.lrs, iters=rec.iters,
+                losses=[o.item() for o in rec.losses], hps=getattr(rec, 'hps', None), pct_train=learn.pct_train,
+                weights=weights(learn.model).tolist(), stats=stats(learn.model), modes=modes(learn.model),
+                grads=[o.tolist() for o in probe.grads], events=probe.events,
+                xs=items(probe.xs), valid_xs=items(probe.valid_xs))
+
+
 class At(Callback):
     "Do `f(self)` at `event`, in iteration `it` of epoch `ep` (None: always)"
     def __init__(self, event, f, it=None, ep=None, order=0):
@@ -60,7 +74,20 @@ def stop(exc):
     return _inner
 
 
+class CpuMixedPrecision(MixedPrecision):
+    "fastai's callback, on a CPU"
+    def before_fit(self):
+        half = self.amp_mode == AMPMode.FP16
+        self.autocast = torch.autocast('cpu', torch.float16 if half else torch.bfloat16)
+        self.learn.scaler,self.scales = torch.amp.GradScaler('cpu', **self.kwargs),L()
+
+
 def weights(model): return torch.cat([p.detach().flatten() for p in model.parameters()])
+def batchnorms(m): return [(n,l) for n,l in m.named_modules() if isinstance(l, _BatchNorm)]
+def stats(m):
+    "The bits of each batchnorm layer's mean, variance and batch counter"
+    return {n: b''.join(o.numpy().tobytes() for o in l.buffers()) for n,l in batchnorms(m)}
+def modes(m): return {n: l.training for n,l in m.named_modules()}
 def no_grads(learn): return all(p.grad is None or not p.grad.any() for p in learn.model.parameters())
 
 

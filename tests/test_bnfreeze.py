@@ -62,15 +62,8 @@ def freeze(m):
     return m
 
 
-def stats(m):
-    "The bits of each batchnorm layer's mean, variance and batch counter"
-    return {n: b''.join(o.numpy().tobytes() for o in l.buffers()) for n,l in batchnorms(m)}
-
-
-def batchnorms(m): return [(n,l) for n,l in m.named_modules() if isinstance(l, _BatchNorm)]
 def tracked(m): return {n for n,l in batchnorms(m) if l.track_running_stats}
 def moved(before, m): return {n for n,o in stats(m).items() if o != before[n]}
-def modes(m): return {n: l.training for n,l in m.named_modules()}
 def found(m): return {n for n,_ in frozen_bn(m)}
 
 

@@ -531,13 +531,6 @@ def test_wrapped_optimizer(flush):
 
 # Mixed precision, on a CPU and on a GPU
 
-class CpuMixedPrecision(MixedPrecision):
-    "fastai's callback, on a CPU"
-    def before_fit(self):
-        half = self.amp_mode == AMPMode.FP16
-        self.autocast = torch.autocast('cpu', torch.float16 if half else torch.bfloat16)
-        self.learn.scaler,self.scales = torch.amp.GradScaler('cpu', **self.kwargs),L()
-
 gpu = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no CUDA GPU')]
 on_each = pytest.mark.parametrize('amp', [
     pytest.param((device, mode), id=f'{device}_{mode}', marks=gpu if device == 'cuda' else [])

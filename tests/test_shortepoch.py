@@ -19,7 +19,6 @@ from fastcb_training.data import digits
 from fastcb_training.shortepoch import ShortEpochCallback
 
 def data(**kwargs): return regression(n_valid=80, **kwargs)  # 10 batches and 5; at 30 % 3 and 2
-def items(batches): return [row.tolist() for x in batches for row in x]
 def all_items(dl): return items(dl.dataset.tensors[:1])
 def workers(): return {worker.pid for worker in multiprocessing.active_children()}
 def n_trained(learn, **kwargs):
@@ -42,14 +41,6 @@ def guarded(f):
         f(cb.learn)
         busy.clear()
     return _inner
-
-def left_by(learn, probe):
-    "What a fit leaves behind, as plain numbers"
-    rec = learn.recorder
-    return dict(header=list(rec.metric_names), rows=[list(o) for o in rec.values], lrs=rec.lrs, iters=rec.iters,
-                losses=[o.item() for o in rec.losses], hps=getattr(rec, 'hps', None), pct_train=learn.pct_train,
-                weights=weights(learn.model).tolist(), events=probe.events,
-                xs=items(probe.xs), valid_xs=items(probe.valid_xs))
 
 def whole(dls, *ks):
     "Loaders with no more than the first `ks` batches of those in `dls`"
