@@ -1,4 +1,7 @@
 "What several tests need: quiet Learners, a probe that records, data that is counted"
+import warnings
+from functools import cache
+
 from fastai.basics import *
 from fastai.callback.all import *
 from hypothesis import HealthCheck, settings
@@ -6,6 +9,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import TensorDataset
 
 import fastai.callback.training as fastai_training
+from fastcb_training.bnfreeze import BnFreeze
+from fastcb_training.gradient import GradientAccumulation, GradientClip
+from fastcb_training.shortepoch import ShortEpochCallback
 
 
 def quiet(learn):
@@ -72,6 +78,69 @@ def stop(exc):
     "A function that raises `exc`, for `At`"
     def _inner(cb): raise exc
     return _inner
+
+
+class Held(list):
+    "Data that a Learner can be exported with: items, or the batches of the quickest of all loaders"
+    device = torch.device('cpu')
+    @property
+    def dataset(self): return self
+    def new_empty(self): return Held()
+    def new(self, dataset): return dataset
+
+
+def frozen_net():
+    "A frozen body with a batchnorm layer, and a head with one that trains"
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).requires_grad_(False)
+    return nn.Sequential(body, nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1)))
+
+
+def frozen_data():
+    "Five batches of four items to train, and two to validate"
+    def batches(n, seed):
+        g = torch.Generator().manual_seed(seed)
+        return Held((torch.randn(4, 3, generator=g), torch.randn(4, 1, generator=g)) for _ in range(n))
+    return DataLoaders(batches(5, 0), batches(2, 1), device=Held.device)
+
+
+def frozen_learner(cbs=None, dls=None, **kwargs):
+    "A Learner of `frozen_net`, and the Probe on it"
+    probe = Probe()
+    return linear_learner(dls or frozen_data(), frozen_net(), cbs=[*L(cbs), probe], train_bn=False, **kwargs),probe
+
+
+# Each of our callbacks, and all of them; a window of two batches is open after the third batch of an epoch
+ours = dict(
+    short=lambda: [ShortEpochCallback(n_batches=4, resume=True)], accumulation=lambda: [GradientAccumulation(8, flush=True)],
+    clip=lambda: [GradientClip(.1)], bnfreeze=lambda: [BnFreeze()])
+ours['all'] = lambda: [cb for f in list(ours.values())[:4] for cb in f()]
+
+
+def start_over(learn, probe, zero=True):
+    "Give back the weights and statistics of a new Learner, and `zero` the gradients"
+    learn.model.load_state_dict(frozen_net().state_dict())
+    if zero: learn.model.zero_grad()
+    probe.__init__()
+
+
+def fit_anew(learn, probe, cbs=None, **kwargs):
+    "What a fit with a new optimizer leaves, with the warnings"
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        learn.fit(1, .1, cbs=cbs, reset_opt=True)
+    return left_by(learn, probe) | dict(warned=[str(o.message) for o in seen])
+
+
+def assert_same(left, expected, case=''):
+    different = {o: (left[o], expected[o]) for o in expected if left[o] != expected[o]}
+    assert not different, (case, different)
+
+
+@cache
+def as_new(name):
+    "`fit_anew` of a new Learner with the callbacks `ours[name]`, or with none"
+    return fit_anew(*frozen_learner(ours[name]() if name else None))
 
 
 class CpuMixedPrecision(MixedPrecision):

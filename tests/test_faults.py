@@ -13,31 +13,6 @@ import pytest
 from torch.utils.data import Dataset
 
 from common import *
-from fastcb_training.bnfreeze import BnFreeze
-from fastcb_training.gradient import GradientAccumulation, GradientClip
-from fastcb_training.shortepoch import ShortEpochCallback
-
-def net():
-    "A frozen body with a batchnorm layer, and a head with one that trains"
-    torch.manual_seed(0)
-    body = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).requires_grad_(False)
-    return nn.Sequential(body, nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1)))
-
-def batches(n=5, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return [(torch.randn(4, 3, generator=g), torch.randn(4, 1, generator=g)) for _ in range(n)]
-
-def learner(cbs=None, dls=None, **kwargs):
-    "A Learner, and the Probe on it; lists are the quickest loaders"
-    dls = dls or DataLoaders(batches(), batches(2, seed=1), device=torch.device('cpu'))
-    learn,probe = linear_learner(dls, net(), MSELossFlat(), cbs, train_bn=False, **kwargs),Probe()
-    return learn.add_cb(probe),probe
-
-# A window of two batches is open after the third
-ours = dict(
-    short=lambda: [ShortEpochCallback(n_batches=4, resume=True)], accumulation=lambda: [GradientAccumulation(8, flush=True)],
-    clip=lambda: [GradientClip(.1)], bnfreeze=lambda: [BnFreeze()])
-ours['all'] = lambda: [cb for f in list(ours.values())[:4] for cb in f()]
 ours_each = pytest.mark.parametrize('name', ours)
 
 class Fault(Callback):
@@ -51,25 +26,6 @@ class Fault(Callback):
         if self.n: return
         self.raised = True
         raise self.exc
-
-def restore(learn, probe, zero):
-    "Give back what a new Learner has; `zero` the gradients that fastai leaves if an error keeps it from doing so"
-    learn.model.load_state_dict(net().state_dict())
-    if zero: learn.model.zero_grad()
-    for o in vars(probe).values():
-        if isinstance(o, list): o.clear()
-
-def fit(learn, probe, cbs=None):
-    "What a fit leaves, and what it warns of"
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter('always')
-        learn.fit(1, .1, cbs=cbs, reset_opt=True)
-    return left_by(learn, probe) | dict(warned=[str(o.message) for o in seen])
-
-@cache
-def never_had_one(name):
-    "The fit of a Learner with these callbacks"
-    return fit(*learner(ours[name]() if name else None))
 
 def outcome(learn, cbs):
     "What comes out of a fit, and the modes that it leaves"
@@ -106,7 +62,7 @@ def faulty(moment, exc, order):
     return [*first, Fault(event, exc, n, order, *(training or [None]), *first)]
 
 @cache
-def without_ours(moment, i, order): return outcome(learner()[0], faulty(moment, faults[i], order))
+def without_ours(moment, i, order): return outcome(frozen_learner()[0], faulty(moment, faults[i], order))
 
 places = 'learner','fit','removed'  # on the Learner; passed to both fits; passed to the one with the fault only
 everything = int(os.environ.get('TEST_EXAMPLES', 1)) > 1
@@ -118,7 +74,7 @@ def test_the_next_fit_is_as_if_nothing_had_been(name, moment):
     for j,(i,order) in enumerate((i, order) for i in range_of(faults) for order in orders):
         for place in places if everything else [places[(j+len(moment)+len(name)) % 3]]:
             cbs = ours[name]()
-            learn,probe = learner(cbs if place == 'learner' else None)
+            learn,probe = frozen_learner(cbs if place == 'learner' else None)
             to_fit,fault = cbs if place != 'learner' else [],faulty(moment, faults[i], order)
             case = f'{faults[i]!r}, order {order}, place {place}'
             error,left = outcome(learn, [*to_fit, *fault])
@@ -126,9 +82,5 @@ def test_the_next_fit_is_as_if_nothing_had_been(name, moment):
             plain_error,plain_left = without_ours(moment, i, order)
             assert error == plain_error, case
             if place != 'learner': assert left == plain_left, case
-            drops = name in ('accumulation', 'all')
-            restore(learn, probe, zero=not drops)
-            expected = never_had_one(None if place == 'removed' else name)
-            got = fit(learn, probe, to_fit if place == 'fit' else None)
-            different = [o for o in expected if got[o] != expected[o]]
-            assert not different, f'{case}: {different}'
+            start_over(learn, probe, zero=name not in ('accumulation', 'all')) # fastai leaves some after an error
+            assert_same(fit_anew(learn, probe, to_fit if place == 'fit' else None), as_new(None if place == 'removed' else name), case)

@@ -14,10 +14,6 @@ Acc,Clip = GradientAccumulation,GradientClip
 
 # Data
 
-class Held(list):
-    "A data set that a Learner can be exported with"
-    def new_empty(self): return Held()
-
 def batched(data, sizes): return Held(zip(*(o.split(sizes) for o in data)))
 
 def items(n, seed=0, dtype=torch.float32):
