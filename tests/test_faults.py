@@ -3,15 +3,11 @@
 A fault is each kind of cancel, an error or Ctrl-C, raised by another callback that comes before all of ours or after
 them. Equal means: given back the weights and statistics that it began with, and a new optimizer, the Learner fits as a
 new one does: the same batches, events, gradients, rates, losses, rows, weights, statistics and modes, bit for bit."""
-import os, warnings
+import multiprocessing, os, warnings
 from math import inf
-from contextlib import suppress
 from functools import cache
-from itertools import count
 
 import pytest
-from torch.utils.data import Dataset
-
 from common import *
 ours_each = pytest.mark.parametrize('name', ours)
 
@@ -84,3 +80,118 @@ def test_the_next_fit_is_as_if_nothing_had_been(name, moment):
             if place != 'learner': assert left == plain_left, case
             start_over(learn, probe, zero=name not in ('accumulation', 'all')) # fastai leaves some after an error
             assert_same(fit_anew(learn, probe, to_fit if place == 'fit' else None), as_new(None if place == 'removed' else name), case)
+
+
+# Faults of the data
+
+class Fragile(torch.utils.data.Dataset):
+    "Items of which one cannot be read, once; or reading it ends the process"
+    def __init__(self, data, fails, dies=False): self.data,self.fails,self.dies = data,fails,dies
+    def __len__(self): return len(self.data)
+    def __getitem__(self, i):
+        if i == self.fails:
+            if self.dies: os._exit(3)
+            self.fails = None
+            raise OSError('no such item')
+        return self.data[i]
+
+def fragile(fails=None, dies=False, **kwargs):
+    "Data as `frozen_data` has them, of which the item `fails` in training"
+    train,valid = ([(x, y) for xs,ys in dl for x,y in zip(xs, ys)] for dl in frozen_data())
+    return DataLoaders(*(DataLoader(o, bs=4, **kwargs) for o in (Fragile(train, fails, dies), valid)), device='cpu')
+
+places_each = pytest.mark.parametrize('on_learner', [True, False])
+
+def fails_then_fits(name, on_learner, dls, error, mend=noop):
+    "A fit with `dls` fails; what is wrong with them is mended, and the next fit is as new"
+    cbs = ours[name]()
+    learn,probe = frozen_learner(cbs if on_learner else None, dls)
+    to_fit = None if on_learner else cbs
+    raised = False
+    try: learn.fit(2, .1, cbs=to_fit)
+    except error: raised = True # `pytest.raises` would keep the worker that died
+    assert raised and probe.xs
+    start_over(learn, probe)
+    mend(dls)
+    assert_same(fit_anew(learn, probe, to_fit), as_new(name))
+
+@places_each
+@ours_each
+def test_a_loader_that_raises_in_mid_epoch(name, on_learner): fails_then_fits(name, on_learner, fragile(9), OSError)
+
+@places_each
+@ours_each
+def test_a_worker_that_dies(name, on_learner):
+    "Another process takes its place in the next fit, and none is left after it"
+    def mend(dls): dls.train.dataset.fails = None
+    before = {o.pid for o in multiprocessing.active_children()}
+    fails_then_fits(name, on_learner, fragile(9, True, num_workers=1), RuntimeError, mend)
+    assert {o.pid for o in multiprocessing.active_children()} <= before
+
+
+# A loss that turns NaN, and a checkpoint that is loaded, in mid-window
+
+def spoiled(at, value=np.nan):
+    dls = frozen_data()
+    dls.train[at][1].fill_(value)
+    return dls
+
+@pytest.mark.parametrize('at', range(5))
+@ours_each
+def test_a_loss_that_turns_nan_ends_the_fit(name, at):
+    "With `TerminateOnNaNCallback`; the next fit is as new"
+    learn,probe = frozen_learner([TerminateOnNaNCallback(), *ours[name]()], spoiled(at))
+    learn.fit(3, .1)
+    assert len(probe.xs) < 15 or name == 'short' and at == 4
+    learn.dls = frozen_data()
+    start_over(learn, probe)
+    learn.remove_cb(TerminateOnNaNCallback)
+    assert_same(fit_anew(learn, probe), as_new(name))
+
+@pytest.mark.parametrize('at', range(5))
+def test_a_nan_takes_its_window_with_it_and_no_more(at):
+    "`GradientClip` skips the step; the next window has the gradient that it has without the one that was lost"
+    lost = at//2
+    learn,probe = frozen_learner([GradientAccumulation(8, flush=True), GradientClip()], spoiled(at))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        learn.fit(1, 0.)
+    whole,expected = frozen_learner([GradientAccumulation(8, flush=True), GradientClip()])
+    whole.fit(1, 0.)
+    assert sum('gradient norm is nan' in str(o.message) for o in seen) == 1
+    assert [o.tolist() for o in probe.grads] == [o.tolist() for i,o in enumerate(expected.grads) if i != lost]
+
+@places_each
+@pytest.mark.parametrize('moment', ['after_epoch', 'before_epoch'])
+@ours_each
+def test_a_checkpoint_loaded_between_epochs(name, moment, on_learner, tmp_path):
+    "The epochs after it are those of a fit that began with it: as by hand after the same number of epochs"
+    def load(cb): cb.learn.load('start', weights_only=False)
+    cbs = ours[name]()
+    learn,probe = frozen_learner(cbs if on_learner else None, path=tmp_path)
+    learn.create_opt()
+    learn.opt.set_hypers(lr=.1)
+    learn.save('start')
+    epoch = dict(after_epoch=0, before_epoch=1)[moment]
+    learn.fit(2, .1, cbs=[*([] if on_learner else cbs), At(moment, load, ep=epoch, order=100)])
+    rows = learn.recorder.values
+    if 'short' not in (name,) and name != 'all': assert rows[0][1:] == rows[1][1:] # they saw the same data
+    assert len(rows) == 2 and np.isfinite(rows).all()
+    if name in ('bnfreeze', 'all'): assert stats(learn.model)['0.1'] == stats(frozen_net())['0.1']
+    start_over(learn, probe)
+    assert_same(fit_anew(learn, probe, None if on_learner else cbs), as_new(name))
+
+def test_a_checkpoint_loaded_in_mid_window(tmp_path):
+    "The window goes on: the gradient of its step is the mean of its batches', each where the weights were then"
+    learn,probe = frozen_learner([GradientAccumulation(8), BnFreeze()], path=tmp_path)
+    learn.fit(1, .1)
+    learn.save('later')
+    alone = []
+    start_over(learn, probe)
+    def load(cb): cb.learn.load('later', weights_only=False)
+    def grad(cb):
+        ps = [p for p in cb.learn.model.parameters() if p.requires_grad]
+        if cb.training: alone.append(torch.cat([o.flatten() for o in torch.autograd.grad(cb.learn.loss, ps, retain_graph=True)]))
+    learn.fit(1, .1, cbs=[At('after_batch', load, it=2, order=100), At('after_loss', grad, order=100)])
+    assert len(probe.grads) == 2
+    for got,(a,b) in zip(probe.grads, [alone[:2], alone[2:4]]): assert torch.allclose(got, (a+b)/2, rtol=1e-4, atol=1e-6)
