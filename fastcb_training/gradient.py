@@ -83,6 +83,7 @@ class GradientAccumulation(FitCallback):
     def after_cancel_batch(self): self._zero()
     def after_batch(self): self._done()
     def after_train(self): self._flush()
+    def after_cancel_epoch(self): self._flush()
     def end_fit(self): self._drop()
 
 # %% ../nbs/02_gradient.ipynb #e8c40974

@@ -311,9 +311,10 @@ def test_cancelled_after_a_step(exc, order):
     check(learner(batches), [Acc(8), cut], [*(wins if exc == CancelBatchException else wins[:2]), *wins], 2)
 
 @pytest.mark.parametrize('flush', [False, True])
-def test_cancelled_training_is_flushed(flush):
+@pytest.mark.parametrize('exc', [CancelTrainException, CancelEpochException])
+def test_cancelled_training_is_flushed(flush, exc):
     batches = batches_of(*[4]*6)
-    cut = At('after_batch', stop(CancelTrainException()), 2)
+    cut = At('after_batch', stop(exc()), 2)
     check(learner(batches), [Acc(8, flush=flush), cut], windows(batches, 8, 2, flush, skip={3, 4, 5}), 2)
 
 def halves(pct): return 20 if pct < .5 else 5
