@@ -113,7 +113,8 @@ def frozen_learner(cbs=None, dls=None, **kwargs):
 
 # Each of our callbacks, and all of them; a window of two batches is open after the third batch of an epoch
 ours = dict(
-    short=lambda: [ShortEpochCallback(n_batches=4, resume=True)], accumulation=lambda: [GradientAccumulation(8, flush=True)],
+    short=lambda: [ShortEpochCallback(n_batches=4, resume=True)],
+    accumulation=lambda: [GradientAccumulation(8, flush=True)],
     clip=lambda: [GradientClip(.1)], bnfreeze=lambda: [BnFreeze()])
 ours['all'] = lambda: [cb for f in list(ours.values())[:4] for cb in f()]
 

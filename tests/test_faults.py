@@ -8,16 +8,19 @@ from math import inf
 from functools import cache
 
 import pytest
+
 from common import *
+
 ours_each = pytest.mark.parametrize('name', ours)
 
 class Fault(Callback):
     "Raise `exc` at the `n`-th `event` of a fit that is in training or not, as asked, after `first` has been raised"
     def __init__(self, event, exc, n, order, training=None, first=None):
-        self.event,self.exc,self.n,self.order,self.training_,self.first,self.raised = event,exc,n,order,training,first,False
+        self.event,self.exc,self.n,self.order = event,exc,n,order
+        self.phase,self.first,self.raised = training,first,False
     def __call__(self, event):
         if self.first and not self.first.raised or event != self.event or self.raised: return
-        if self.training_ not in (None, self.learn.training): return
+        if self.phase not in (None, self.learn.training): return
         self.n -= 1
         if self.n: return
         self.raised = True
@@ -44,7 +47,8 @@ cancelled = dict(
     validate=('before_validate', CancelValidException, 2), epoch=('after_train', CancelEpochException, 2),
     fit=('after_backward', CancelFitException, 3))
 moments = dict(
-    **{o: [o, 2 if 'step' in o else 3, True] for o in inner}, **{o: [o, 2] for o in outer}, **{o: [o, 1] for o in whole},
+    **{o: [o, 2 if 'step' in o else 3, True] for o in inner},
+    **{o: [o, 2] for o in outer}, **{o: [o, 1] for o in whole},
     **{f'{o} in validation': [o, 2, False] for o in ('before_batch', 'after_pred', 'after_loss', 'after_batch')},
     **{f'after_cancel_{o}': [f'after_cancel_{o}', 1] for o in cancelled})
 assert {o for o,*_ in moments.values()} == {*event.__dict__} & {*Callback._methods} - {'after_create'}
@@ -58,7 +62,9 @@ def faulty(moment, exc, order):
     return [*first, Fault(event, exc, n, order, *(training or [None]), *first)]
 
 @cache
-def without_ours(moment, i, order): return outcome(frozen_learner()[0], faulty(moment, faults[i], order))
+def without_ours(moment, i, order):
+    "What comes out of a fit with this fault and fastai alone"
+    return outcome(frozen_learner()[0], faulty(moment, faults[i], order))
 
 places = 'learner','fit','removed'  # on the Learner; passed to both fits; passed to the one with the fault only
 everything = int(os.environ.get('TEST_EXAMPLES', 1)) > 1
@@ -79,7 +85,8 @@ def test_the_next_fit_is_as_if_nothing_had_been(name, moment):
             assert error == plain_error, case
             if place != 'learner': assert left == plain_left, case
             start_over(learn, probe, zero=name not in ('accumulation', 'all')) # fastai leaves some after an error
-            assert_same(fit_anew(learn, probe, to_fit if place == 'fit' else None), as_new(None if place == 'removed' else name), case)
+            got = fit_anew(learn, probe, to_fit if place == 'fit' else None)
+            assert_same(got, as_new(None if place == 'removed' else name), case)
 
 
 # Faults of the data
@@ -168,7 +175,7 @@ def test_a_nan_takes_its_window_with_it_and_no_more(at):
 @pytest.mark.parametrize('moment', ['after_epoch', 'before_epoch'])
 @ours_each
 def test_a_checkpoint_loaded_between_epochs(name, moment, on_learner, tmp_path):
-    "The epochs after it are those of a fit that began with it: as by hand after the same number of epochs"
+    "The epoch after it is the one before it again, if it has the same data, and the next fit is as new"
     def load(cb): cb.learn.load('start', weights_only=False)
     cbs = ours[name]()
     learn,probe = frozen_learner(cbs if on_learner else None, path=tmp_path)
@@ -178,7 +185,7 @@ def test_a_checkpoint_loaded_between_epochs(name, moment, on_learner, tmp_path):
     epoch = dict(after_epoch=0, before_epoch=1)[moment]
     learn.fit(2, .1, cbs=[*([] if on_learner else cbs), At(moment, load, ep=epoch, order=100)])
     rows = learn.recorder.values
-    if 'short' not in (name,) and name != 'all': assert rows[0][1:] == rows[1][1:] # they saw the same data
+    if name not in ('short', 'all'): assert rows[0][1:] == rows[1][1:] # those go on in the data
     assert len(rows) == 2 and np.isfinite(rows).all()
     if name in ('bnfreeze', 'all'): assert stats(learn.model)['0.1'] == stats(frozen_net())['0.1']
     start_over(learn, probe)
@@ -194,7 +201,9 @@ def test_a_checkpoint_loaded_in_mid_window(tmp_path):
     def load(cb): cb.learn.load('later', weights_only=False)
     def grad(cb):
         ps = [p for p in cb.learn.model.parameters() if p.requires_grad]
-        if cb.training: alone.append(torch.cat([o.flatten() for o in torch.autograd.grad(cb.learn.loss, ps, retain_graph=True)]))
+        if not cb.training: return
+        grads = torch.autograd.grad(cb.learn.loss, ps, retain_graph=True)
+        alone.append(torch.cat([o.flatten() for o in grads]))
     learn.fit(1, .1, cbs=[At('after_batch', load, it=2, order=100), At('after_loss', grad, order=100)])
     assert len(probe.grads) == 2
-    for got,(a,b) in zip(probe.grads, [alone[:2], alone[2:4]]): assert torch.allclose(got, (a+b)/2, rtol=1e-4, atol=1e-6)
+    for got,a,b in zip(probe.grads, alone[::2], alone[1::2]): assert torch.allclose(got, (a+b)/2, rtol=1e-4, atol=1e-6)

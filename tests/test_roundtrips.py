@@ -38,7 +38,7 @@ class Midway(Callback):
         self.res.append(self.f(self.learn))
         if self.moment == 'interrupted': raise KeyboardInterrupt
 
-moments = 'new','after','before_fit','before_train','batch','after_train','after_validate','after_epoch','after_fit','interrupted'
+moments = 'new after before_fit before_train batch after_train after_validate after_epoch after_fit interrupted'.split()
 moments_each = pytest.mark.parametrize('moment', moments[2:])
 
 def at(moment, learn, f):
@@ -70,10 +70,11 @@ def test_copies_of_callbacks_that_are_on_no_learner(name, how):
 
 def copy_ours(how, learn): return how([o for o in learn.cbs if type(o).__module__.startswith('fastcb_training')])
 def possible(*hows):
-    """PyTorch refuses to deep-copy what a Learner has between a forward pass in training and the next one in validation,
-    and fastai's `export` puts down the loader that a phase is about to read"""
-    def allowed(how, moment): return moment not in {deepcopy: ('batch', 'after_train', 'interrupted'), exported: ('before_train',)}.get(how, ())
-    return pytest.mark.parametrize('how,moment', [(how, moment) for how in hows for moment in moments if allowed(how, moment)])
+    """PyTorch refuses to deep-copy what a Learner has between a forward pass in training and one in validation, and
+    fastai's `export` puts down the loader that a phase is about to read"""
+    impossible = {deepcopy: ('batch', 'after_train', 'interrupted'), exported: ('before_train',)}
+    return pytest.mark.parametrize('how,moment', [
+        (how, moment) for how in hows for moment in moments if moment not in impossible.get(how, ())])
 
 @possible(deepcopy, pickled, cloudpickled)
 @ours_each
@@ -147,7 +148,8 @@ def test_training_goes_on_from_a_checkpoint_as_without_one(name, on_learner, tmp
         return left_by(learn, probe)
     assert_same(second(True), second(False))
 
-whole_epochs = dict(short=lambda: [ShortEpochCallback(.5)], **{o: ours[o] for o in ('accumulation', 'clip', 'bnfreeze')})
+whole_epochs = dict(short=lambda: [ShortEpochCallback(.5)])
+whole_epochs |= {o: ours[o] for o in ('accumulation', 'clip', 'bnfreeze')}
 whole_epochs['all'] = lambda: [cb for f in list(whole_epochs.values())[:4] for cb in f()]
 
 @pytest.mark.parametrize('name', whole_epochs)
@@ -159,8 +161,9 @@ def test_a_fit_is_taken_up_at_the_epoch_where_it_was_cut(name, tmp_path):
     other.create_opt()
     other.load('epoch_0', weights_only=False)
     other.fit(3, .1, start_epoch=1)
-    assert other.recorder.values[1][1:] == learn.recorder.values[1][1:] and len(other.recorder.values) == 3
-    assert other.recorder.values[2][1:] == learn.recorder.values[2][1:] and torch.equal(weights(other.model), weights(learn.model))
+    rows,other_rows = learn.recorder.values,other.recorder.values
+    assert len(other_rows) == 3 and [o[1:] for o in other_rows[1:]] == [o[1:] for o in rows[1:]]
+    assert torch.equal(weights(other.model), weights(learn.model))
     assert items(probe_.xs) == items(probe.xs)[len(items(probe.xs))//3:] and stats(other.model) == stats(learn.model)
 
 
@@ -177,7 +180,8 @@ def test_one_object_on_two_learners_in_turn(name, on_learner, interrupted):
             with learn.added_cbs(cbs): assert_same(fit_anew(learn, probe), as_new(name))
         else: assert_same(fit_anew(learn, probe, cbs), as_new(name))
         if interrupted:
-            with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=[*cbs, At('after_backward', stop(KeyboardInterrupt()), 2)])
+            fault = At('after_backward', stop(KeyboardInterrupt()), 2)
+            with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=[*cbs, fault])
 
 @ours_each
 def test_two_learners_at_once(name):
@@ -187,7 +191,8 @@ def test_two_learners_at_once(name):
         learn,probe = learns[i]
         learn.fit(2, .1)
         left[i] = left_by(learn, probe)
-    learns = [frozen_learner([*ours[name](), At('after_loss', lambda cb: barrier.wait(), order=o)]) for o in (-100, 100)]
+    def meet(cb): barrier.wait()
+    learns = [frozen_learner([*ours[name](), At('after_loss', meet, order=o)]) for o in (-100, 100)]
     threads = [Thread(target=work, args=[i]) for i in range(2)]
     for o in threads: o.start()
     for o in threads: o.join(60)
