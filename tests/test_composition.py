@@ -9,7 +9,7 @@ from math import ceil, inf
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
-from hypothesis import given, note, strategies as st
+from hypothesis import example, given, note, strategies as st
 
 from common import *
 from fastcb_training.bnfreeze import BnFreeze, frozen_bn
@@ -183,7 +183,7 @@ ours = [
     st.one_of(st.just('BnFreeze'), call('BnFreeze', only_frozen=bools))]
 trackers = [call(o, patience=[1, 2]) for o in ('EarlyStoppingCallback', 'ReduceLROnPlateau')]
 savers = [call('SaveModelCallback', **{k: [True]}) for k in ('with_opt', 'every_epoch', 'at_end')]
-theirs = [call('CpuMixedPrecision', init_scale=[1024.]),
+theirs = [call('CpuMixedPrecision', ["'bf16'"], init_scale=[1024.]),
           st.sampled_from(['MixUp', 'CutMix', 'MixUp(.2)', 'CutMix(.5)']),
           *map(st.just, ('ChannelsLast', 'CSVLogger', 'TerminateOnNaNCallback', 'ShowGraphCallback')),
           *trackers, st.one_of(savers)]
@@ -208,6 +208,7 @@ def cases(draw):
 
 @examples(30)
 @given(cases())
+@example("learn = learner(32, 8)\nrun(learn, 'fit', 2, .01, [ShortEpochCallback(.5), GradientAccumulation])") # 2 of 4 batches, exactly
 def test_everything_with_everything(lines):
     note(f'from test_composition import *\n{lines}')
     exec(lines, dict(globals()))
