@@ -9,7 +9,7 @@ __all__ = ['bn_types', 'frozen_bn', 'set_bn_eval', 'BnFreeze']
 
 # %% ../nbs/03_bnfreeze.ipynb #6f14f16e
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from math import inf
 
 from fastcore.basics import patch
@@ -24,23 +24,23 @@ from .core import FitCallback, check, warn_user
 bn_types = (_BatchNorm,)
 
 # %% ../nbs/03_bnfreeze.ipynb #534f8cfe
-def _is_frozen(m):
-    "A function of a module's name in `m`: is nothing trained in it, or in the nearest one around it with parameters?"
-    trainable = {}
-    for name,p in m.named_parameters(remove_duplicate=False):
-        while name:
-            name = name.rpartition('.')[0]
-            trainable[name] = trainable.get(name, False) or p.requires_grad
+def _is_frozen(modules):
+    "A function of a name in `modules`: is nothing trained in it, or in the nearest one around it with parameters?"
+    @cache
+    def _trained(name): # None if there is nothing to train
+        found = [p.requires_grad for p in modules[name].parameters()]
+        return any(found) if found else None
     def _inner(name):
-        while name and name not in trainable: name = name.rpartition('.')[0]
-        return not trainable.get(name, False)
+        while name and _trained(name) is None: name = name.rpartition('.')[0]
+        return not _trained(name)
     return _inner
 
 def _bn_layers(m, only_frozen):
     "The batchnorm layers in `m` that keep statistics, with their names"
-    frozen = _is_frozen(m) if only_frozen else lambda name: True
-    layers = L((name,l) for name,l in m.named_modules() if isinstance(l, bn_types) and l.track_running_stats)
-    return layers.filter(lambda o: frozen(o[0]))
+    modules = dict(m.named_modules())
+    layers = L((name,l) for name,l in modules.items() if isinstance(l, bn_types) and l.track_running_stats)
+    frozen = _is_frozen(modules)
+    return layers.filter(lambda o: frozen(o[0])) if only_frozen else layers
 
 # %% ../nbs/03_bnfreeze.ipynb #978299a4
 def frozen_bn(
