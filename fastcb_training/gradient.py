@@ -12,6 +12,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
 from itertools import chain
+from math import isfinite
 from numbers import Real
 
 import torch
@@ -233,7 +234,7 @@ class GradientClip(FitCallback):
         norm = nn.utils.clip_grad_norm_(_params(self.learn.opt), self.max_norm, self.norm_type,
                                         error_if_nonfinite=self.nonfinite == 'raise')
         vars(self)['norm'] = norm # fastai would warn at each step where a model has a `norm` of its own
-        if self.nonfinite == 'skip' and not norm.isfinite(): self._skip()
+        if self.nonfinite == 'skip' and not isfinite(norm): self._skip()
 
 # %% ../nbs/02_gradient.ipynb #cd348e94
 @patch
