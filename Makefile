@@ -3,11 +3,12 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 READY  := .venv/.ready
+BENCH  := .venv/.bench
 # Processes run side by side, and their models are tiny: threads would only wait for each other
 ONE    := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo distributed test test-cuda notebooks readme docs quarto
+.PHONY: help demo distributed test test-cuda notebooks readme docs bench bench-cuda quarto
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -46,6 +47,12 @@ readme: $(READY) ## make README.md from nbs/index.ipynb
 docs: quarto $(READY) ## build the site into _docs (needs Quarto)
 	@$(BIN)/nbdev-docs
 
+bench: $(BENCH) ## measure beside fastai, Lightning, Accelerate and plain PyTorch, up to 30 minutes (a look: ARGS=--quick)
+	@$(BIN)/python benchmarks/run.py $(ARGS)
+
+bench-cuda: $(BENCH) ## the benchmarks for a GPU
+	@$(BIN)/python benchmarks/run.py --cuda $(ARGS)
+
 # nbdev would fetch Quarto itself, as root
 quarto:
 	@command -v quarto >/dev/null || { echo 'The site needs Quarto: https://quarto.org/docs/get-started' >&2; exit 1; }
@@ -61,4 +68,8 @@ $(READY): pyproject.toml settings.ini setup.py
 	@echo 'Setting up .venv, the environment of this project: about 6 GB from PyPI, 2 to 5 minutes'
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+$(BENCH): $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	@touch $@
