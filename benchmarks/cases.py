@@ -227,7 +227,7 @@ def short_epochs(variant, quick):
 
 
 @case('Processes: two of them, accumulation in windows of 8 batches', ('here', 'fastai', 'Accelerate'),
-      Goal('at most', .75, 's an epoch', to='fastai'), sessions=2, turns=4, n_proc=2)
+      Goal('at most', .75, 's an epoch', to='fastai'), sessions=2, turns=5, n_proc=2)
 def processes(variant, quick):
     from accelerate import Accelerator
     from fastai.distributed import DistributedDL
@@ -240,8 +240,8 @@ def processes(variant, quick):
         dist.broadcast(t, rank)
         return t.tolist()
     DistributedDL._broadcast = broadcast # fastai's calls `.cuda()`
-    model,n_steps,n_epoch = resnet(),4,1 if quick else 2
-    data,syncs = pictures(n_steps*64*dist.get_world_size()),0
+    model,n_steps,syncs = resnet(),4,0
+    data = {bs: pictures(n_steps*8*bs*dist.get_world_size()) for bs in ([2] if quick else [2, 8])}
     def counted(ddp):
         nonlocal syncs
         def hook(state, bucket):
@@ -251,10 +251,11 @@ def processes(variant, quick):
         syncs = 0
         ddp.register_comm_hook(None, hook)
     def turn():
-        took = window_seconds(variant, model, data, bs=8, window=64, n_epoch=n_epoch, wrapped=counted,
-                              ctx=lambda learn: learn.distrib_ctx(cpu=True, sync_bn=False))
-        yield took*n_steps, 's an epoch', {}
-        yield syncs/n_epoch, 'synchronisations an epoch', {}
+        for bs in data:
+            took = window_seconds(variant, model, data[bs], bs=bs, window=8*bs, wrapped=counted,
+                                  ctx=lambda learn: learn.distrib_ctx(cpu=True, sync_bn=False))
+            yield took*n_steps, 's an epoch', dict(batch=bs)
+            yield syncs, 'synchronisations an epoch', dict(batch=bs)
     list(turn()) # warms up
     return turn
 
