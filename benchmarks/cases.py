@@ -147,6 +147,7 @@ def overhead(variant, quick, device='cpu', precision=None):
     source = dict(here=here, fastai=fastai).get(variant)
     callbacks = dict(ShortEpochCallback=[.5], GradientAccumulation=[64], GradientClip=[], BnFreeze=[])
     def turn():
+        quiet_fit(learn) # after the turns of the others the first fit is slow
         for name,args in callbacks.items():
             start,cbs = Now(device),[getattr(source, name)(*args)] if source else []
             quiet_fit(learn, *cbs)
@@ -215,6 +216,7 @@ def short_epochs(variant, quick):
     learners = {workers: learner(workers) for workers in (0, 2)}
     parts = (.1, 1) if quick else (.01, .02, .05, .1, .2, .5, 1)
     def turn():
+        quiet_fit(learners[0], here(n_batches=5)) # after the turns of the others the first fit is slow
         for workers,learn in learners.items():
             if variant == 'limit':
                 whole = seconds(quiet_fit, learn, span := Span())
