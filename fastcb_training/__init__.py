@@ -1,1 +1,14 @@
+"""Training callbacks for fastai that do exactly what they say
+
+*Will my run finish?* *My batch does not fit.* *Several heads, one frozen body.* For these three questions fastai has callbacks, each
+with faults that its users meet. The ones here have the same names, arguments and defaults, and none of the faults, so that you
+change one import line.
+
+Modules:
+
+- `fastcb_training.bnfreeze`: Several heads, one frozen body: hold its batchnorm statistics, to the last bit
+- `fastcb_training.data`: Real handwritten digits as an image folder, without a download
+- `fastcb_training.gradient`: My batch does not fit: train as if it did. The gradient of every step is the gradient of the big batch
+- `fastcb_training.shortepoch`: Will my run finish? Fit a part of each epoch, with everything that a whole epoch has"""
+
 __version__ = "0.0.1"

@@ -1,4 +1,24 @@
-"""My batch does not fit: train as if it did. The gradient of every step is the gradient of the big batch
+r"""My batch does not fit: train as if it did. The gradient of every step is the gradient of the big batch
+
+A batch of 256 does not fit on the device, batches of 16 do. Gradients add up in PyTorch until they are set to zero, so 16 small batches
+can give the gradient of the big one, if each has its weight. fastai's gradient is up to twice too large, leaks into the next fit, and
+fails for a loss with a square root. Here:
+
+1. **A *window* is the batches from one optimizer step to the next.** It closes with the batch that brings its items to `n_acc` or
+   more. The gradient that `before_step` of any later callback sees is that of the loss over the window's items as one batch, whatever
+   the batch sizes: $\sum_i c_i g_i \big/ \sum_i c_i$ for a mean loss, where batch $i$ counts $c_i$ items and has the gradient $g_i$, and
+   $\sum_i g_i$ for a loss whose `reduction` is `'sum'`.
+2. **`count(yb)` says how many items a batch has.** Items by default; `lambda yb: (yb[0] != -100).sum()` weights by unmasked tokens or
+   pixels; `lambda yb: 1` counts batches. A batch that counts 0 leaves the gradients as they are.
+3. **`n_acc` may be a function of `pct_train`**, fastai's own schedules included. It is asked once, when a window opens.
+4. **An unfinished window goes on into the next epoch** of the same fit. `flush=True` closes it at the end of each epoch instead, with
+   the right scale. At the end of the fit, what is unfinished is dropped.
+5. **No gradient enters or leaves a fit**: not after an unfinished window, a cancel, an error or an interrupt, nor from a frozen fit into
+   the next.
+6. **Any differentiable loss works**, since nothing is changed in place. The loss that is logged is the batch's own.
+7. **Under `DistributedDataParallel` only the closing batch synchronises.** `n_acc` counts items per process.
+8. **With `MixedPrecision` the scaler steps, and with `GradientClip` the norm is taken, once a window**, on the whole gradient.
+9. **It costs one multiplication a batch**, and one fused pass over the gradients in windows that overshoot `n_acc`.
 
 Docs: https://fastcb.github.io/fastcb_training/gradient.html.md"""
 
