@@ -41,6 +41,10 @@ class FitCallback(Callback):
         self._in_fit = self._outer = False
         self.end_fit()
 
+    def __call__(self, event):
+        "Only what is there is called; fastai looks on, in the Learner and in the model"
+        if event in vars(self) or hasattr(type(self), event): super().__call__(event)
+
     def __setattr__(self, name, value):
         "`Learner` removes a callback by setting its `learn` to None, whatever ended the fit"
         if name == 'learn' and value is None and (self._in_fit or self._outer): self._end()

@@ -4,7 +4,7 @@ A *smoke test* runs a whole training on few batches, so that it cannot fail in i
 fastai's callback cancels the epoch: the row of losses stays empty ([fastai#3126](https://github.com/fastai/fastai/issues/3126)), savers
 fail ([fastai#3780](https://github.com/fastai/fastai/issues/3780)). Here each phase gets a view of its loader that is shorter:
 
-1. **Exactly the batches asked for**: `ceil(pct × n)` of `n`, in decimal arithmetic, or `min(n_batches, n)`. `short_valid` shortens
+1. **Exactly the batches asked for**: `ceil(pct × n)` of `n`, without rounding errors, or `min(n_batches, n)`. `short_valid` shortens
    validation by the same rule, counted on its own loader.
 2. **A whole epoch to everyone else**: all is recorded, nothing cancelled; schedules run their whole course; savers, stoppers and plots work.
 3. **Only `fit` is shortened.** `validate`, `get_preds`, `predict`, `tta` and `lr_find` see all their data, inside and after a fit. `dls`

@@ -464,7 +464,7 @@ def test_the_fit_after_a_fault_is_as_if_nothing_had_been(fault, exc, on_learner,
             with learn.added_cbs(fault(stop(exc))), pytest.raises(type(exc)): fit()
             learn.model.load_state_dict(before)
             learn.model.zero_grad()  # which fastai leaves after an error between a step and `zero_grad`
-            for recorded in (probe.xs, probe.valid_xs, probe.events): recorded.clear()
+            for recorded in (probe.xs, probe.valid_xs, probe.events, probe.grads): recorded.clear()
         fit()
         left.append(left_by(learn, probe))
     assert left[0] == left[1]
