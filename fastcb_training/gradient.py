@@ -16,7 +16,8 @@ fails for a loss with a square root. Here:
 5. **No gradient enters or leaves a fit**: not after an unfinished window, a cancel, an error or an interrupt, nor from a frozen fit into
    the next.
 6. **Any differentiable loss works**, since nothing is changed in place. The loss that is logged is the batch's own.
-7. **Under `DistributedDataParallel` only the closing batch synchronises.** `n_acc` counts items per process.
+7. **Under `DistributedDataParallel` only the closing batch synchronises.** `n_acc` counts items per process; what they have
+   counted the processes add up, one number a batch, so that all close a window at once.
 8. **With `MixedPrecision` the scaler steps, and with `GradientClip` the norm is taken, once a window**, on the whole gradient.
 9. **It costs one multiplication a batch**, and one fused pass over the gradients in windows that overshoot `n_acc`.
 

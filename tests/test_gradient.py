@@ -1,5 +1,5 @@
 "GradientAccumulation and GradientClip, held against the big batch itself"
-import pickle, warnings
+import warnings
 
 import pytest
 from hypothesis import given, strategies as st
@@ -736,57 +736,3 @@ def test_names_that_the_model_has_too():
     with shown('always') as seen:
         learner(spoil(batches_of(*[4]*6), 5, nan), Named(3, 1)).fit(2, .01, cbs=[Acc(8), Clip()])
     assert about_norm(seen) and not [o for o in seen if 'shadowing' in str(o.message)]
-
-
-# Copies
-
-def pickled(o):
-    "A copy, without a warning: PyTorch has one for hooks, and before 2.4 for those that `unserializable_hook` marks too"
-    with shown('error' if ismin_torch('2.4') else 'default'): return pickle.loads(pickle.dumps(o))
-
-class InTheMiddle(Callback):
-    "Do `f` with the callback `cb_name` while a window is open"
-    order,run_valid = 200,False
-    def __init__(self, cb_name, f): self.cb_name,self.f,self.res = cb_name,f,[]
-    def after_batch(self):
-        if self.iter == 1: self.res.append(self.f(getattr(self.learn, self.cb_name)))
-
-def assert_works(cb):
-    "A fit with `cb` and its partner accumulates, and clips to 1"
-    steps = Steps()
-    learner(batches_of(*[4]*7)).fit(1, .01, cbs=[cb, Clip() if isinstance(cb, Acc) else Acc(12), steps])
-    assert len(steps.grads) == 2 and all(abs(g.norm()-1) < 1e-5 for g in steps.grads)
-
-@pytest.mark.parametrize('cb', [Acc(12), Clip()], ids=['acc', 'clip'])
-@pytest.mark.parametrize('copy', [pickled, deepcopy])
-def test_copies(cb, copy):
-    assert_works(copy(cb))
-    learner(batches_of(*[4]*7)).fit(1, cbs=cb)
-    assert_works(copy(cb))
-    args = [o for o in 'n_acc count flush max_norm norm_type nonfinite'.split() if o in vars(cb)]
-    assert len(args) == 3 and all(getattr(copy(cb), o) == getattr(cb, o) for o in args)
-
-@pytest.mark.parametrize('cb', [Acc(12), Clip()], ids=['acc', 'clip'])
-def test_pickled_in_the_middle_of_a_fit(cb):
-    "With it its Learner, whose loss has our hook"
-    middle = InTheMiddle(cb.name, pickled)
-    learner(batches_of(*[4]*7)).fit(1, cbs=[cb, middle])
-    copy, = middle.res
-    copy.learn = None
-    assert_works(copy)
-    assert_works(cb)
-
-def exported(cb): cb.learn.export()
-
-@pytest.mark.parametrize('moment', ['before', 'after', 'middle'])
-def test_export(moment, tmp_path):
-    batches = batches_of(*[4]*7)
-    learn = learner(batches, path=tmp_path, cbs=[Acc(12), Clip(inf)])
-    if moment == 'middle': learn.fit(1, cbs=InTheMiddle('gradient_accumulation', exported))
-    elif moment == 'after': learn.fit(1)
-    if moment != 'middle': learn.export()
-    loaded = load_learner(tmp_path/'export.pkl')
-    loaded.dls = learn.dls
-    for o in (learn, quiet(loaded).remove_cb(InTheMiddle)):
-        steps = check(o, [], windows(batches, 12))
-        assert torch.allclose(o.gradient_clip.norm, steps.grads[-1].norm())

@@ -6,7 +6,7 @@ from decimal import ROUND_CEILING, Decimal
 from itertools import count, cycle, islice
 from types import SimpleNamespace
 
-import cloudpickle, matplotlib
+import matplotlib
 matplotlib.use('agg')
 import pytest
 from fastai.vision.all import Datasets, ImageDataLoaders, aug_transforms, mae, mse
@@ -514,34 +514,13 @@ def test_no_worker_outlives_the_fit(short, persistent_workers):
     learn.fit(1)
     assert workers() <= before
 
-# ---- copies
+# ---- export
 
 def three(i): return tensor([1., i/10, i % 7])
 def target(i): return tensor([i % 3.])
 def datasets(source=range(100)):
     ds = Datasets(source, [[three], [target]], splits=[range(80), range(80, 100)])  # 10 batches and 3
     return ds.dataloaders(bs=8, shuffle=False, num_workers=0, device='cpu')
-
-def save_and_load(learn, path):
-    torch.save(learn, path/'learn.pkl', pickle_module=cloudpickle)
-    return torch.load(path/'learn.pkl', weights_only=False)
-def dump_and_load(learn, path): return pickle.loads(cloudpickle.dumps(learn))
-def deep_copy(learn, path): return deepcopy(learn)
-
-@pytest.mark.parametrize('when', ['before', 'before_train', 'after_validate', 'after_epoch', 'after'])
-@pytest.mark.parametrize('how', [deep_copy, dump_and_load, save_and_load])
-@pytest.mark.parametrize('kwargs', [dict(pct=.3), dict(n_batches=3, resume=True)], ids=str)
-def test_a_copy_of_the_learner_fits_like_the_original(how, when, kwargs, tmp_path):
-    copies = []
-    def take(learn): copies.append(how(learn, tmp_path))
-    learn, probe = start(datasets(), ShortEpochCallback(**kwargs), lr=0.)
-    if when == 'before': take(learn)
-    learn.fit(3, cbs=At(when, lambda cb: take(cb.learn), ep=1, order=99) if '_' in when else None)
-    if when == 'after': take(learn)
-    [other] = copies
-    other.probe.xs.clear()
-    other.fit(3)
-    assert len(probe.xs) == len(other.probe.xs) == 9 and items(probe.xs) == items(other.probe.xs)
 
 settings_of = operator.attrgetter('pct', 'short_valid', 'n_batches', 'resume')
 
@@ -568,13 +547,6 @@ def test_export_and_load_learner(when, resume, tmp_path):
     loaded.probe.xs.clear()
     loaded.fit(2)
     assert len(loaded.probe.xs) == 6
-
-@pytest.mark.parametrize('kwargs', [dict(pct=.3), dict(n_batches=3, resume=True, short_valid=False)], ids=str)
-def test_a_copy_of_the_callback(kwargs):
-    cb = ShortEpochCallback(**kwargs)
-    for other in (copy(cb), deepcopy(cb), pickle.loads(pickle.dumps(cb)), pickle.loads(cloudpickle.dumps(cb))):
-        assert type(other) is ShortEpochCallback and settings_of(other) == settings_of(cb)
-        for o in (other, cb, other): assert n_trained(start()[0], cbs=o) == 3
 
 # ---- what is refused
 
