@@ -3,7 +3,7 @@
 A page, an example or a test that trains on random numbers shows that the code runs, not that it works. A download is slow, and
 on a closed network there is none. scikit-learn, which fastai installs, carries
 [1,797 handwritten digits](https://scikit-learn.org/stable/datasets/toy_dataset.html#optical-recognition-of-handwritten-digits-dataset)
-of 8 by 8 pixels, by 43 people. `digits` writes them as the kind of folder that fastai users know, one subfolder a class:
+of 8 by 8 pixels, by 13 people. `digits` writes them as the kind of folder that fastai users know, one subfolder a class:
 
 1. It returns the path of a folder `<class>/<number>.png`, RGB, for `ImageDataLoaders.from_folder`. `<number>` is the image's
    place in scikit-learn's data set.

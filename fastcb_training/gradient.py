@@ -1,8 +1,8 @@
 r"""My batch does not fit: train as if it did. The gradient of every step is the gradient of the big batch
 
 A batch of 256 does not fit on the device, batches of 16 do. Gradients add up in PyTorch until they are set to zero, so 16 small batches
-can give the gradient of the big one, if each has its weight. fastai's gradient is up to twice too large, leaks into the next fit, and
-fails for a loss with a square root. Here:
+can give the gradient of the big one, if each has its weight. fastai's gradient is up to twice as large, and more where one batch exceeds
+`n_acc`; it leaks into the next fit, and fails for a loss with a square root. Here:
 
 1. **A *window* is the batches from one optimizer step to the next.** It closes with the batch that brings its items to `n_acc` or
    more. The gradient that `before_step` of any later callback sees is that of the loss over the window's items as one batch, whatever
@@ -15,11 +15,14 @@ fails for a loss with a square root. Here:
    the right scale. At the end of the fit, what is unfinished is dropped.
 5. **No gradient enters or leaves a fit**: not after an unfinished window, a cancel, an error or an interrupt, nor from a frozen fit into
    the next.
-6. **Any differentiable loss works**, since nothing is changed in place. The loss that is logged is the batch's own.
-7. **Under `DistributedDataParallel` only the closing batch synchronises.** `n_acc` counts items per process; what they have
-   counted the processes add up, one number a batch, so that all close a window at once.
+6. **Any differentiable loss works**, since nothing is changed in place. One that is neither a mean nor a sum over items, such as RMSE,
+   gets the mean of its batches' gradients, weighted by their counts. The loss that is logged is the batch's own.
+7. **Under `DistributedDataParallel` only the closing batch synchronises gradients.** `n_acc` counts items per process: all processes
+   close a window at once, when they have counted `n_acc` each on average. To know when, they add up their counts, one number a batch.
+   As always there, gradients are averaged over the processes, also those of a loss that adds up.
 8. **With `MixedPrecision` the scaler steps, and with `GradientClip` the norm is taken, once a window**, on the whole gradient.
-9. **It costs one multiplication a batch**, and one fused pass over the gradients in windows that overshoot `n_acc`.
+9. **It costs one multiplication of a number a batch**, and one fused pass over the gradients in a window that ends with other than
+   `n_acc` items.
 
 Docs: https://fastcb.github.io/fastcb_training/gradient.html.md"""
 

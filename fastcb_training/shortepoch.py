@@ -1,6 +1,6 @@
 """Will my run finish? Fit a part of each epoch, with everything that a whole epoch has
 
-A *smoke test* runs a whole training on few batches, so that it cannot fail in its last minute.
+A *smoke test* runs a whole training on few batches, so that a fault of its last minute shows in seconds.
 fastai's callback cancels the epoch: the row of losses stays empty ([fastai#3126](https://github.com/fastai/fastai/issues/3126)), savers
 fail ([fastai#3780](https://github.com/fastai/fastai/issues/3780)). Here each phase gets a view of its loader that is shorter:
 

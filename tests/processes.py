@@ -105,6 +105,7 @@ cases = dict(
     masked=lambda: fit([GradientAccumulation(3, count=unmasked)], loss_func=masked_mse, mask=mask),
     masked_flushed=lambda: fit([GradientAccumulation(7, count=unmasked, flush=True)], loss_func=masked_mse, mask=mask),
     last_cancelled=lambda: fit([GradientAccumulation(12, flush=True), At('before_batch', cancel_last)]),
+    summed=lambda: fit([GradientAccumulation(8)], lr=1e-3, loss_func=partial(F.mse_loss, reduction='sum')),
     twice=lambda: fit([GradientAccumulation(8)], loss_func=twice_loss),
     uneven=lambda: fit([GradientAccumulation(8)], sizes=[4, 1, 7, 2, 6, 3, 5, 4, 8]),
     branches=lambda: fit([GradientAccumulation(100, flush=True), At('before_batch', cancel_last)], model=Branches),

@@ -79,6 +79,11 @@ def unmasked(targ): return (~targ.isnan()).sum().item()
 def test_steps_weights_and_synchronisations_are_those_of_the_big_batch(seen, case, kwargs): check(seen, case, **kwargs)
 
 
+def test_a_sum_is_averaged_over_the_processes(seen):
+    "As `DistributedDataParallel` always does"
+    check(seen, 'summed', n_acc=8, lr=1e-3, loss_func=lambda *o: F.mse_loss(*o, reduction='sum')/len(seen))
+
+
 def test_a_cancelled_last_batch_is_flushed_all_the_same(seen):
     check(seen, 'last_cancelled', n_acc=12, flush=True, syncs=ranks(seen, 'last_cancelled')[0]['syncs'])
 

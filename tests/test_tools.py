@@ -61,6 +61,9 @@ def test_check_names_what_is_stale(tree, capsys, fault, path, command):
 def test_readme_links(link, outside): assert readme.absolute(link, 'https://a.io/b') == outside
 
 
+def test_readme_has_no_directives(): assert '#|' not in readme.readme()
+
+
 def notebook(path, *sources):
     nbformat.write(new_notebook(cells=[new_code_cell(s) for s in sources]), path)
     return path

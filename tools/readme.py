@@ -36,10 +36,10 @@ def absolute(link, site):
 
 def plain(cell, site):
     "`cell` without what only the site understands"
+    cell.source = re.sub(r'\A(#\|.*\n)+', '', cell.source)
     if cell.cell_type == 'markdown':
         cell.source = re.sub(r'(\]\(|(?:href|src)=")([^)"\s]+)', lambda m: m[1] + absolute(m[2], site), cell.source)
     if cell.cell_type == 'code':
-        cell.source = re.sub(r'^#\|.*\n', '', cell.source, flags=re.M)
         # A picture would have to be a file of its own beside README.md
         cell.outputs = [o for o in cell.outputs if 'image/png' not in o.get('data', {})]
     return cell
