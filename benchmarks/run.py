@@ -27,7 +27,7 @@ def label(variant):
 class Worker:
     "The process, or the several ranks, of one variant: does a turn when told to"
     def __init__(self, case, variant, quick):
-        env = os.environ|{'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
+        env = os.environ|{'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}|case.env
         with socket() as s: # a free port
             s.bind(('127.0.0.1', 0))
             group = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE=str(case.n_proc))
