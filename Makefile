@@ -37,7 +37,7 @@ test-cuda: $(READY) ## check what needs a CUDA GPU
 	  $(BIN)/python -m pytest -m cuda && $(BIN)/nbdev-test --flags cuda; \
 	else echo 'There is no CUDA GPU here: the tests and the cells marked cuda were skipped'; fi
 
-notebooks: $(READY) ## export, run and clean the notebooks in place (one: NB=nbs/02_gradient.ipynb)
+notebooks: $(READY) ## export, run and clean the notebooks in place (one: NB=nbs/03_accumulation.ipynb)
 	@$(BIN)/nbdev-export
 	@$(ONE) $(BIN)/python tools/notebooks.py $(NB)
 

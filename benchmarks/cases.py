@@ -335,7 +335,7 @@ def scale_items(variant, quick):
       Goal('at most', 1.10, 'ms', to='one tensor', where=lambda at: at['parameters'] >= 10**7), turns=5)
 def scale_parameters(variant, quick):
     import psutil
-    from fastcb_training.gradient import _Window
+    from fastcb_training.accumulation import _Window
     def cost(n):
         "Milliseconds to divide the gradients of `n` parameters, in a hundred tensors, by what was gathered"
         grads = [torch.ones(n)] if variant == 'one tensor' else [torch.ones(n//100) for _ in range(100)]

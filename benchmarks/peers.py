@@ -80,7 +80,7 @@ def fastai(*args, window, **kwargs):
 
 def here(*args, window, count=None, **kwargs):
     "The `GradientAccumulation` of this library"
-    from fastcb_training.gradient import GradientAccumulation
+    from fastcb_training.accumulation import GradientAccumulation
     learner(GradientAccumulation(window, **(dict(count=count) if count else {})), *args, **kwargs)
 
 

@@ -1,4 +1,5 @@
 "All callbacks; import it after fastai's own star imports, which bear the same names"
 from .shortepoch import *
-from .gradient import *
+from .accumulation import *
+from .clip import *
 from .bnfreeze import *

@@ -21,22 +21,18 @@ __all__ = ['ShortEpochCallback']
 
 # %% ../nbs/01_shortepoch.ipynb #bdff14e5
 from fractions import Fraction
-from itertools import islice
 from math import ceil
 from numbers import Integral, Real
 
-from fastcore.basics import GetAttr, patch, store_attr
+from fastcore.basics import patch, store_attr
 
-from .core import FitCallback, check
+from .core import FitCallback, LoaderView, check
 
 # %% ../nbs/01_shortepoch.ipynb #120c3c57
-class _ShortDL(GetAttr):
-    "A view of `dl` that ends after `n` of the `batches`, and is `dl` in all else"
-    _default = 'dl'
-    def __init__(self, dl, n, batches): store_attr()
-    def __len__(self): return self.n
+class _ShortDL(LoaderView):
+    "A view of `dl` that ends after `n` of the `batches`"
     def __iter__(self):
-        yield from islice(self.batches, self.n)
+        yield from super().__iter__()
         if self.batches is self.dl or getattr(self.dl, 'indexed', False): _let_go(self.dl)
 
 # %% ../nbs/01_shortepoch.ipynb #671891fa
@@ -72,7 +68,7 @@ class ShortEpochCallback(FitCallback):
         self._shorten(self._go_on() if self.resume else self.dl)
 
     def before_validate(self):
-        if self.short_valid and self._in_fit and not hasattr(self.learn, 'gather_preds'): self._shorten(self.dl)
+        if self.short_valid and not self._looking: self._shorten(self.dl)
 
 # %% ../nbs/01_shortepoch.ipynb #9e606712
 @patch

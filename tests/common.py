@@ -10,7 +10,8 @@ from torch.utils.data import TensorDataset
 
 import fastai.callback.training as fastai_training
 from fastcb_training.bnfreeze import BnFreeze
-from fastcb_training.gradient import GradientAccumulation, GradientClip
+from fastcb_training.accumulation import GradientAccumulation
+from fastcb_training.clip import GradientClip
 from fastcb_training.shortepoch import ShortEpochCallback
 
 

@@ -13,7 +13,8 @@ from torch.nn.utils import parametrize
 from common import *
 from fastai.distributed import ParallelTrainer
 from fastcb_training.bnfreeze import BnFreeze, bn_types, frozen_bn, set_bn_eval
-from fastcb_training.gradient import GradientAccumulation, GradientClip
+from fastcb_training.accumulation import GradientAccumulation
+from fastcb_training.clip import GradientClip
 from fastcb_training.shortepoch import ShortEpochCallback
 
 

@@ -13,7 +13,8 @@ from hypothesis import example, given, note, strategies as st
 
 from common import *
 from fastcb_training.bnfreeze import BnFreeze, frozen_bn
-from fastcb_training.gradient import GradientAccumulation, GradientClip
+from fastcb_training.accumulation import GradientAccumulation
+from fastcb_training.clip import GradientClip
 from fastcb_training.shortepoch import ShortEpochCallback
 
 

@@ -33,7 +33,7 @@ def leave_orphan(root):
     shutil.copy(root/'fastcb_training/bnfreeze.py', root/'fastcb_training/orphan.py')
 
 def run_a_cell(root):
-    path = root/'nbs/03_bnfreeze.ipynb'
+    path = root/'nbs/06_bnfreeze.ipynb'
     path.write_text(path.read_text().replace('"execution_count": null', '"execution_count": 7', 1))
 
 def edit_readme(root): (root/'README.md').write_text('# Another\n')
@@ -42,7 +42,7 @@ def edit_readme(root): (root/'README.md').write_text('# Another\n')
 @pytest.mark.parametrize('fault, path, command', [
     (edit_module, 'fastcb_training/bnfreeze.py', 'nbdev-export'),
     (leave_orphan, 'fastcb_training/orphan.py', 'nbdev-export'),
-    (run_a_cell, 'nbs/03_bnfreeze.ipynb', 'nbdev-clean'),
+    (run_a_cell, 'nbs/06_bnfreeze.ipynb', 'nbdev-clean'),
     (edit_readme, 'README.md', 'make readme')])
 def test_check_names_what_is_stale(tree, capsys, fault, path, command):
     fault(tree)
@@ -55,7 +55,7 @@ def test_check_names_what_is_stale(tree, capsys, fault, path, command):
 
 @pytest.mark.parametrize('link, outside', [
     ('shortepoch.html', 'https://a.io/b/shortepoch.html'),
-    ('02_gradient.ipynb#rules', 'https://a.io/b/gradient.html#rules'),
+    ('03_accumulation.ipynb#rules', 'https://a.io/b/accumulation.html#rules'),
     ('tutorials/smoke_test.ipynb', 'https://a.io/b/tutorials/smoke_test.html'),
     ('#install', '#install'), ('https://c.io/d.ipynb', 'https://c.io/d.ipynb')])
 def test_readme_links(link, outside): assert readme.absolute(link, 'https://a.io/b') == outside

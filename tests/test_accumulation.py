@@ -6,7 +6,8 @@ from hypothesis import given, strategies as st
 from torch.nn.utils import vector_to_parameters
 
 from common import *
-from fastcb_training.gradient import GradientAccumulation, GradientClip
+from fastcb_training.accumulation import GradientAccumulation
+from fastcb_training.clip import GradientClip
 
 nan,inf = float('nan'),float('inf')
 Acc,Clip = GradientAccumulation,GradientClip
