@@ -39,13 +39,15 @@ class FitCallback(Callback):
         "Is a `validate` or `get_preds` running, perhaps in the middle of a fit?"
         return self.learn.lock.locked()
 
-    def before_train(self):
-        if self._in_fit: return
-        self._in_fit,self._warned = True,False
-        self.start_fit()
+    def before_train(self): self._begin()
 
     def after_fit(self):
         if not self._looking: self._end()
+
+    def _begin(self):
+        if not self._in_fit:
+            self._in_fit,self._warned = True,False
+            self.start_fit()
 
     def _end(self):
         if self._in_fit:
