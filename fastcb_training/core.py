@@ -39,6 +39,7 @@ class FitCallback(Callback):
         "Is a `validate` or `get_preds` running, perhaps in the middle of a fit?"
         return self.learn.lock.locked()
 
+    def before_fit(self): self._in_fit = self._in_fit and self._looking # a copy made in mid-fit says it is in one
     def before_train(self): self._begin()
 
     def after_fit(self):
