@@ -25,7 +25,7 @@ from numbers import Integral
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from fastcore.xdg import xdg_cache_home
+from fastai.data.external import fastai_path
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -33,17 +33,17 @@ from .core import check
 
 # %% ../nbs/00_data.ipynb #3052a95c
 def digits(
-    path:str|Path=None, # Folder to write to; the default is `fastcb_training` in the user's cache folder
+    path:str|Path=None, # Folder to write to; by default in the folder of fastai's data sets
     classes=range(10), # Which digits, each from 0 to 9
     size:int=32, # Height and width of the images, in pixels, 1 or more
 )->Path: # Folder with a subfolder of PNG files for each class
-    "Real handwritten digits as an image folder, written once; `ValueError` or `TypeError` for what there is not"
+    "Real handwritten digits as an image folder, written once"
     check('path', path, (str, Path, type(None)), 'a path')
     check('classes', classes, Iterable, allowed := 'one or more whole numbers from 0 to 9')
     classes = sorted({int(check('classes', c, Integral, allowed, lambda o: 0 <= o <= 9)) for c in classes})
     check('classes', classes, list, allowed, len)
     check('size', size, Integral, 'a whole number of pixels, 1 or more', lambda o: o >= 1)
-    root = xdg_cache_home()/'fastcb_training' if path is None else Path(path)
+    root = fastai_path('data')/'fastcb_training' if path is None else Path(path)
     folder = root/f'digits_{"".join(map(str, classes))}_{size}px'
     if not folder.exists(): _write_whole(folder, classes, size)
     return folder
