@@ -55,10 +55,10 @@ class GradientClip(FitCallback):
     def before_fit(self): self._in_fit = self._in_fit and self._looking # a copy that was made in a fit is in none
 
     def start_fit(self):
-        self._norm,self._skipped,self._measured,self._epoch_start = None,0,False,0
         self._packed,self._recent = [],[]
+        self._skipped,self._epoch_start,self._measured = 0,0,None
 
-# %% ../nbs/04_clip.ipynb #4930178f
+# %% ../nbs/04_clip.ipynb #6c0feb1c
 @patch
 def before_step(self:GradientClip):
     norm = self._measure()
@@ -72,22 +72,23 @@ def before_step(self:GradientClip):
 
 @patch
 def after_cancel_step(self:GradientClip):
-    if not self._measured: self._measure() # the scaler, which comes first, has skipped the step
-    self._skipped += not isfinite(self._norm)
+    if self._measured != self._now: self._measure() # the scaler, which comes first, has skipped it
+    self._skipped += not isfinite(self.norm)
 
-@patch
-def after_step(self:GradientClip): self._measured = False
-
-# %% ../nbs/04_clip.ipynb #f6d3f962
+# %% ../nbs/04_clip.ipynb #d9f73a43
 @patch
 def _measure(self:GradientClip):
     "Clip, and keep the norm"
     params = step_params(self.learn.opt)
-    clip = _clip_halves if any(p.dtype == torch.float16 for p in params) else nn.utils.clip_grad_norm_
-    self._norm,self._measured = clip(params, self.max_norm, self.norm_type),True
-    self._recent.append(self._norm)
+    half = torch.float16 in [p.dtype for p in params]
+    norm = (_clip_halves if half else nn.utils.clip_grad_norm_)(params, self.max_norm, self.norm_type)
     if len(self._recent) == 1024: self._pack()
-    return self._norm
+    self._recent.append(norm)
+    self._measured = self._now
+    return norm
+
+@patch(as_prop=True)
+def _now(self:GradientClip): return self.learn.train_iter,self.learn.iter
 
 @torch.no_grad()
 def _clip_halves(params, max_norm, norm_type):
@@ -100,7 +101,7 @@ def _clip_halves(params, max_norm, norm_type):
     for g in grads: g.mul_((max_norm/(norm+1e-6)).clamp(max=1).to(g.device))
     return norm
 
-# %% ../nbs/04_clip.ipynb #94db4a04
+# %% ../nbs/04_clip.ipynb #3b0ab420
 @patch
 def _pack(self:GradientClip):
     if not self._recent: return
@@ -117,15 +118,16 @@ def norms(self:GradientClip):
 
 @patch(as_prop=True)
 def norm(self:GradientClip):
-    "The norm of the last step, before it was clipped: a tensor on the device; None if there was no step"
-    return self._norm
+    "The norm of the last step, before it was clipped, a tensor with one number; None if there was no step"
+    norms = self._recent or self.norms
+    return norms[-1] if len(norms) else None
 
 @patch(as_prop=True)
 def skipped(self:GradientClip):
     "How many steps of the last fit were skipped, as their norm was not finite"
     return self._skipped
 
-# %% ../nbs/04_clip.ipynb #5ed65b07
+# %% ../nbs/04_clip.ipynb #6375a2fb
 @patch
 def end_fit(self:GradientClip):
     n = self._epoch_start = len(self.norms)
@@ -150,7 +152,7 @@ def metric(self:GradientClip):
     "The mean norm of an epoch, as a metric with the name `grad_norm`"
     return _GradNorm(self)
 
-# %% ../nbs/04_clip.ipynb #f7503f1a
+# %% ../nbs/04_clip.ipynb #5cad85dc
 @patch
 def plot_norms(self:GradientClip,
     ax=None, # Axes to draw on; None: the current ones
@@ -168,13 +170,13 @@ def plot_norms(self:GradientClip,
     ax.legend()
     return ax
 
-# %% ../nbs/04_clip.ipynb #f08ad8c8
+# %% ../nbs/04_clip.ipynb #c9907218
 @patch
 def state_dict(self:GradientClip):
     "What a fit that was cut off needs to go on"
-    return dict(norm=self._norm, norms=self.norms, skipped=self._skipped, epoch_start=self._epoch_start)
+    return dict(norms=self.norms, skipped=self._skipped, epoch_start=self._epoch_start)
 
 @patch
 def load_state_dict(self:GradientClip, state):
-    self._norm,self._packed,self._recent = state['norm'],[state['norms']],[]
+    self._packed,self._recent = [state['norms']],[]
     self._skipped,self._epoch_start = state['skipped'],state['epoch_start']
