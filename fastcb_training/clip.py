@@ -9,7 +9,7 @@ away the norm that it has measured, and makes *all* parameters NaN when a single
 2. **`norm` is the last norm, and `norms` has those of all steps of the last fit**, before clipping. Keeping them never waits for the
    GPU. `plot_norms()` shows which steps were clipped or skipped, and `metric` makes the mean of an epoch a column of its row.
 3. **A norm that is not finite skips the step** and warns once a fit (`nonfinite='skip'`), raises (`'raise'`), or is left to torch
-   (`'ignore'`). `skipped` counts the steps that were skipped, those that the scaler of mixed precision skips too.
+   (`'ignore'`). `skipped` counts the skipped steps, those that the scaler of mixed precision skips included.
 
 Docs: https://fastcb.github.io/fastcb_training/clip.html.md"""
 
@@ -52,56 +52,17 @@ class GradientClip(FitCallback):
         check('nonfinite', nonfinite, str, f'one of {_policies}', lambda o: o in _policies)
         self.start_fit()
 
-    def before_fit(self): self._in_fit = self._in_fit and self._looking # a copy that was made in a fit is in none
-
-    def start_fit(self):
-        self._packed,self._recent = [],[]
-        self._skipped,self._epoch_start,self._measured = 0,0,None
-
-# %% ../nbs/04_clip.ipynb #6c0feb1c
+# %% ../nbs/04_clip.ipynb #06c4595c
 @patch
-def before_step(self:GradientClip):
-    norm = self._measure()
-    if self.nonfinite == 'ignore' or isfinite(norm): return
-    said = f'The gradient norm of step {len(self.norms)} is'
-    if self.nonfinite == 'raise':
-        self.learn.opt.zero_grad()
-        raise RuntimeError(f'{said} non-finite: {norm.item()}')
-    self.warn_once(f'{said} {norm.item()}: the step is skipped, as are others like it in this fit; `skipped` counts them.')
-    raise CancelStepException
+def start_fit(self:GradientClip):
+    self._recent,self._packed = [],[]
+    self._skipped,self._epoch_start,self._measured = 0,0,None
 
 @patch
-def after_cancel_step(self:GradientClip):
-    if self._measured != self._now: self._measure() # the scaler, which comes first, has skipped it
-    self._skipped += not isfinite(self.norm)
-
-# %% ../nbs/04_clip.ipynb #d9f73a43
-@patch
-def _measure(self:GradientClip):
-    "Clip, and keep the norm"
-    params = step_params(self.learn.opt)
-    half = torch.float16 in [p.dtype for p in params]
-    norm = (_clip_halves if half else nn.utils.clip_grad_norm_)(params, self.max_norm, self.norm_type)
+def _keep(self:GradientClip, norm):
     if len(self._recent) == 1024: self._pack()
     self._recent.append(norm)
-    self._measured = self._now
-    return norm
 
-@patch(as_prop=True)
-def _now(self:GradientClip): return self.learn.train_iter,self.learn.iter
-
-@torch.no_grad()
-def _clip_halves(params, max_norm, norm_type):
-    "As `clip_grad_norm_`, with norms in float32 where it has float16"
-    grads = [p.grad for p in params if p.grad is not None]
-    if not grads: return torch.tensor(0.)
-    wide = {torch.float16: torch.float32}
-    norms = [vector_norm(g, norm_type, dtype=wide.get(g.dtype)).to(grads[0].device) for g in grads]
-    norm = vector_norm(torch.stack(norms), norm_type)
-    for g in grads: g.mul_((max_norm/(norm+1e-6)).clamp(max=1).to(g.device))
-    return norm
-
-# %% ../nbs/04_clip.ipynb #3b0ab420
 @patch
 def _pack(self:GradientClip):
     if not self._recent: return
@@ -109,6 +70,7 @@ def _pack(self:GradientClip):
     self._packed.append(torch.stack([o.to(last) for o in self._recent]))
     self._recent = []
 
+# %% ../nbs/04_clip.ipynb #11781854
 @patch(as_prop=True)
 def norms(self:GradientClip):
     "The norm of each step of the last fit, before it was clipped: one tensor, on the CPU"
@@ -127,13 +89,56 @@ def skipped(self:GradientClip):
     "How many steps of the last fit were skipped, as their norm was not finite"
     return self._skipped
 
-# %% ../nbs/04_clip.ipynb #6375a2fb
+# %% ../nbs/04_clip.ipynb #c4e69c65
 @patch
-def end_fit(self:GradientClip):
-    n = self._epoch_start = len(self.norms)
-    if self._warned or 0 < n == self._skipped: # printed, as fastai's trackers do
-        print(f'{self._skipped} of {n} steps were skipped: their gradient norm was not finite')
+def before_fit(self:GradientClip): self._in_fit = self._in_fit and self._looking
 
+# %% ../nbs/04_clip.ipynb #d394c889
+@torch.no_grad()
+def _clip_halves(params, max_norm, norm_type):
+    "As `clip_grad_norm_`, with norms in float32 where it has float16"
+    grads = [p.grad for p in params if p.grad is not None]
+    if not grads: return torch.tensor(0.)
+    wide = {torch.float16: torch.float32}
+    norms = [vector_norm(g, norm_type, dtype=wide.get(g.dtype)).to(grads[0].device) for g in grads]
+    norm = vector_norm(torch.stack(norms), norm_type)
+    for g in grads: g.mul_((max_norm/(norm+1e-6)).clamp(max=1).to(g.device))
+    return norm
+
+# %% ../nbs/04_clip.ipynb #e8f57b93
+@patch
+def _measure(self:GradientClip):
+    "Clip, and keep the norm"
+    params = step_params(self.learn.opt)
+    half = torch.float16 in [p.dtype for p in params]
+    norm = (_clip_halves if half else nn.utils.clip_grad_norm_)(params, self.max_norm, self.norm_type)
+    self._keep(norm)
+    self._measured = self._now
+    return norm
+
+@patch(as_prop=True)
+def _now(self:GradientClip):
+    "Which step it is; what is left of a window may be stepped after the last batch"
+    return [vars(self.learn).get(o) for o in ('train_iter', 'iter')]
+
+# %% ../nbs/04_clip.ipynb #4930178f
+@patch
+def before_step(self:GradientClip):
+    norm = self._measure()
+    if self.nonfinite == 'ignore' or isfinite(norm): return
+    said = f'The gradient norm of step {len(self.norms)-1} is'
+    if self.nonfinite == 'raise':
+        self.learn.opt.zero_grad()
+        raise RuntimeError(f'{said} non-finite: {norm.item()}')
+    self.warn_once(f'{said} {norm.item()}: it is skipped, as are others like it in this fit. `skipped` counts them.')
+    raise CancelStepException
+
+@patch
+def after_cancel_step(self:GradientClip):
+    if self._measured != self._now: self._measure() # the scaler, which comes first, has skipped it
+    self._skipped += not isfinite(self.norm)
+
+# %% ../nbs/04_clip.ipynb #f47e9ab6
 @patch
 def after_epoch(self:GradientClip):
     if not self._looking: self._epoch_start = len(self.norms)
@@ -152,31 +157,38 @@ def metric(self:GradientClip):
     "The mean norm of an epoch, as a metric with the name `grad_norm`"
     return _GradNorm(self)
 
-# %% ../nbs/04_clip.ipynb #5cad85dc
+# %% ../nbs/04_clip.ipynb #9e971f57
+@patch
+def end_fit(self:GradientClip):
+    n = self._epoch_start = len(self.norms)
+    if self._warned or 0 < n == self._skipped:
+        print(f'{self._skipped} of {n} steps were skipped: their gradient norm was not finite')
+
+# %% ../nbs/04_clip.ipynb #9549300f
+@patch
+def state_dict(self:GradientClip):
+    "What a fit that was cut off needs to go on"
+    return dict(norms=self.norms, skipped=self._skipped, epoch_start=self._epoch_start, warned=self._warned)
+
+@patch
+def load_state_dict(self:GradientClip, state):
+    self._recent,self._packed = [],[state['norms']]
+    self._skipped,self._epoch_start,self._warned = state['skipped'],state['epoch_start'],state['warned']
+
+# %% ../nbs/04_clip.ipynb #d92e7007
 @patch
 def plot_norms(self:GradientClip,
     ax=None, # Axes to draw on; None: the current ones
 ): # The axes
     "Plot the norm of each step of the last fit, and which were clipped or not finite"
     ax = ax or plt.gca()
-    norms,top = self.norms,ax.get_xaxis_transform() # in which 1 is the top of the axes
-    clipped,finite = norms > self.max_norm,norms.isfinite()
-    for label,which in ('as it was', finite & ~clipped),('clipped', finite & clipped):
+    norms,finite,clipped = self.norms,self.norms.isfinite(),self.norms > self.max_norm
+    for label,which in ('not clipped', finite & ~clipped),('clipped', finite & clipped):
         ax.plot(which.nonzero(), norms[which], '.', label=f'{label}: {which.sum()}')
-    bad = (~finite).nonzero()
-    if len(bad): ax.plot(bad, [.97]*len(bad), 'x', transform=top, label=f'not finite: {len(bad)}, skipped: {self.skipped}')
+    if not finite.all():
+        bad,edge = (~finite).nonzero(),ax.get_xaxis_transform() # there 1 is the upper edge
+        ax.plot(bad, [.97]*len(bad), 'x', transform=edge, label=f'not finite: {len(bad)}, skipped: {self.skipped}')
     if isfinite(self.max_norm): ax.axhline(self.max_norm, color='.7', lw=1, zorder=0, label='max_norm')
     ax.set(xlabel='steps', ylabel='gradient norm', title='gradient norms')
     ax.legend()
     return ax
-
-# %% ../nbs/04_clip.ipynb #c9907218
-@patch
-def state_dict(self:GradientClip):
-    "What a fit that was cut off needs to go on"
-    return dict(norms=self.norms, skipped=self._skipped, epoch_start=self._epoch_start)
-
-@patch
-def load_state_dict(self:GradientClip, state):
-    self._packed,self._recent = [state['norms']],[]
-    self._skipped,self._epoch_start = state['skipped'],state['epoch_start']
