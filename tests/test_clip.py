@@ -311,8 +311,9 @@ def test_a_look_in_the_middle_of_a_fit():
         return clip,learn
     def ask(cb): cb.gradient_clip.norms,cb.gradient_clip.norm,cb.gradient_clip.metric.value
     def look(cb): cb.learn.get_preds(),cb.learn.validate()
-    (plain,learn),(seen,other) = fit(),fit(At('after_train', look), At('after_step', ask))
-    assert plain.norms.equal(seen.norms) and learn.recorder.values[-1][2] == other.recorder.values[-1][2]
+    (plain,learn),(asked,other),(looked,_) = fit(),fit(At('after_step', ask)),fit(At('after_train', look))
+    assert plain.norms.equal(asked.norms) and plain.norms.equal(looked.norms)
+    assert [row[2] for row in learn.recorder.values] == [row[2] for row in other.recorder.values]
     before = plain.norms
     learn.validate(), learn.get_preds()
     assert plain.norms.equal(before)
