@@ -53,7 +53,7 @@ class GradientClip(FitCallback):
         check('nonfinite', nonfinite, str, f'one of {_policies}', lambda o: o in _policies)
         self.start_fit()
 
-# %% ../nbs/04_clip.ipynb #0b4fe383
+# %% ../nbs/04_clip.ipynb #abf73076
 @patch
 def start_fit(self:GradientClip):
     self._recent,self._packed = [],[]
@@ -71,7 +71,7 @@ def _pack(self:GradientClip):
     self._packed.append(torch.stack([o.to(last) for o in self._recent]))
     self._recent = []
 
-# %% ../nbs/04_clip.ipynb #2e3eac09
+# %% ../nbs/04_clip.ipynb #3a99e800
 @patch(as_prop=True)
 def norms(self:GradientClip):
     "The norm of each step of the last fit, before it was clipped: one tensor, on the CPU"
@@ -90,11 +90,11 @@ def skipped(self:GradientClip):
     "How many steps of the last fit were skipped, as their norm was not finite"
     return self._skipped
 
-# %% ../nbs/04_clip.ipynb #c00202a3
+# %% ../nbs/04_clip.ipynb #c870fb28
 @patch
 def before_fit(self:GradientClip): self._in_fit = self._in_fit and self._looking
 
-# %% ../nbs/04_clip.ipynb #834471c8
+# %% ../nbs/04_clip.ipynb #db781ae6
 @torch.no_grad()
 def _clip_halves(params, max_norm, norm_type):
     "As `clip_grad_norm_`, with norms in float32 where it has float16"
@@ -106,7 +106,7 @@ def _clip_halves(params, max_norm, norm_type):
     for g in grads: g.mul_((max_norm/(norm+1e-6)).clamp(max=1).to(g.device))
     return norm
 
-# %% ../nbs/04_clip.ipynb #cb8cc532
+# %% ../nbs/04_clip.ipynb #eb1e8613
 @patch
 def _measure(self:GradientClip):
     "Clip, and keep the norm"
@@ -139,7 +139,7 @@ def after_cancel_step(self:GradientClip):
     if self._measured != self._now: self._measure() # the scaler, which comes first, has skipped it
     self._skipped += not isfinite(self.norm)
 
-# %% ../nbs/04_clip.ipynb #d5d51a08
+# %% ../nbs/04_clip.ipynb #a1ab1b5f
 @patch
 def after_epoch(self:GradientClip):
     if not self._looking: self._epoch_start = len(self.norms)
@@ -158,14 +158,14 @@ def metric(self:GradientClip):
     "The mean norm of an epoch, as a metric with the name `grad_norm`"
     return _GradNorm(self)
 
-# %% ../nbs/04_clip.ipynb #88b6a350
+# %% ../nbs/04_clip.ipynb #9315a056
 @patch
 def end_fit(self:GradientClip):
     n = self._epoch_start = len(self.norms)
     if self._warned or 0 < n == self._skipped:
         print(f'{self._skipped} of {n} steps were skipped: their gradient norm was not finite')
 
-# %% ../nbs/04_clip.ipynb #77672f5c
+# %% ../nbs/04_clip.ipynb #e1dd9cdb
 @patch
 def state_dict(self:GradientClip):
     "What a fit that was cut off needs to go on"
@@ -176,7 +176,7 @@ def load_state_dict(self:GradientClip, state):
     self._recent,self._packed = [],[state['norms']]
     self._skipped,self._epoch_start,self._warned = state['skipped'],state['epoch_start'],state['warned']
 
-# %% ../nbs/04_clip.ipynb #ff183b3d
+# %% ../nbs/04_clip.ipynb #e9a1c246
 @patch
 def plot_norms(self:GradientClip,
     ax=None, # Axes to draw on; None: the current ones

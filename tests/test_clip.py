@@ -255,6 +255,14 @@ def test_all_steps_skipped(capsys):
     assert len(said(lambda: learn.fit(5, .01, cbs=clip))) == 1
     assert clip.skipped == len(clip.norms) == 40 and '40 of 40 steps were skipped' in capsys.readouterr().out
 
+def test_all_steps_skipped_by_the_scaler(capsys):
+    "No warning, as a scale is looked for, but a last word; none where some were taken"
+    for spoiled,word in (range(8), '40 of 40 steps'),(range(1), ''):
+        clip = Clip()
+        cbs = [clip, Scaler('fp16', init_scale=16.)]
+        assert not said(lambda: learner(batches_of(8, dict.fromkeys(spoiled, nan))).fit(5, .01, cbs=cbs))
+        assert capsys.readouterr().out[:14] == word and clip.skipped == 5*len(spoiled)
+
 @pytest.mark.parametrize('exc', [KeyboardInterrupt, ValueError, CancelFitException])
 def test_the_last_word_of_a_fit_that_was_cut_off(exc, capsys):
     learn,clip = learner(batches_of(6, {1: nan})),Clip()
@@ -310,7 +318,10 @@ def test_a_look_in_the_middle_of_a_fit():
         learn.fit(2, .01, cbs=[clip, *cbs])
         return clip,learn
     def ask(cb): cb.gradient_clip.norms,cb.gradient_clip.norm,cb.gradient_clip.metric.value
-    def look(cb): cb.learn.get_preds(),cb.learn.validate()
+    def look(cb):
+        before = cb.gradient_clip.metric.value
+        cb.learn.get_preds(),cb.learn.validate()
+        assert cb.gradient_clip.metric.value == before
     (plain,learn),(asked,other),(looked,_) = fit(),fit(At('after_step', ask)),fit(At('after_train', look))
     assert plain.norms.equal(asked.norms) and plain.norms.equal(looked.norms)
     assert [row[2] for row in learn.recorder.values] == [row[2] for row in other.recorder.values]
