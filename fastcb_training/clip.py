@@ -1,12 +1,16 @@
-"""My loss turns NaN: clip the norm of the whole gradient, keep what was measured, skip what is not finite
+"""My loss explodes or turns NaN: clip the norm of the whole gradient, see the norm of every step, skip what is not finite
 
-[Clipping](https://arxiv.org/abs/1211.5063) makes a gradient that is too long shorter, and keeps its direction. fastai's `GradientClip`
-throws away the norm that it has measured, and makes *all* parameters NaN when a single gradient is infinite. Here:
+One gradient that is too long can throw the weights away: the loss explodes or turns NaN.
+[Clipping](https://arxiv.org/abs/1211.5063) makes such a gradient shorter and keeps its direction. fastai's `GradientClip` throws
+away the norm that it has measured, and makes *all* parameters NaN when a single gradient is infinite. Here:
 
-1. **The norm is taken after unscaling, on the whole window.**
-2. **`norm` holds the last one**, before clipping.
+1. **The gradient that is clipped is the one that the optimizer steps with**: unscaled, of the whole window, and each parameter once,
+   in however many parameter groups it is.
+2. **`norm` is the last norm, and `norms` has those of all steps of the last fit**, before clipping. Keeping them never waits for the
+   GPU. `plot_norms()` shows which steps were clipped or skipped, and `metric` makes the mean of an epoch a column of its row.
 3. **A norm that is not finite skips the step** and warns once a fit (`nonfinite='skip'`), raises (`'raise'`), or is left to torch
-   (`'ignore'`).
+   (`'ignore'`). `skipped` counts the skipped steps, including those that the scaler of mixed precision skips, and a fit that warned
+   says the number at its end.
 
 Docs: https://fastcb.github.io/fastcb_training/clip.html.md"""
 
@@ -19,10 +23,14 @@ __all__ = ['GradientClip']
 from math import isfinite
 from numbers import Real
 
+import matplotlib.pyplot as plt
+import torch
 from fastai.callback.core import CancelStepException
 from fastai.callback.fp16 import MixedPrecision
-from fastcore.basics import store_attr
+from fastai.learner import Metric
+from fastcore.basics import patch, store_attr
 from torch import nn
+from torch.linalg import vector_norm
 
 from .core import FitCallback, check, step_params
 
@@ -30,12 +38,11 @@ from .core import FitCallback, check, step_params
 _policies = 'skip','raise','ignore'
 
 class GradientClip(FitCallback):
-    "Clip the norm of the gradients, and skip a step whose norm is not finite"
+    "Clip the norm of the gradients, keep it, and skip a step whose norm is not finite"
     order = MixedPrecision.order+1 # the scaler has divided its scale out
-    norm = None # Norm of the gradients before the last clip, a tensor with one number
 
     def __init__(self,
-        max_norm:float=1., # Largest norm that stays as it is, above 0; infinite to measure without clipping
+        max_norm:float=1., # Largest norm that is left as it is, above 0; infinite to measure without clipping
         norm_type:float=2., # Which p-norm, above 0; infinite for the largest absolute value
         *,
         nonfinite:str='skip', # A norm that is NaN or infinite: 'skip' the step, 'raise' a `RuntimeError`, 'ignore' it
@@ -44,11 +51,145 @@ class GradientClip(FitCallback):
         for name,value in (('max_norm', max_norm), ('norm_type', norm_type)):
             check(name, value, Real, 'a number above 0', lambda o: o > 0)
         check('nonfinite', nonfinite, str, f'one of {_policies}', lambda o: o in _policies)
+        self.start_fit()
 
-    def before_step(self):
-        norm = nn.utils.clip_grad_norm_(step_params(self.learn.opt), self.max_norm, self.norm_type,
-                                        error_if_nonfinite=self.nonfinite == 'raise')
-        vars(self)['norm'] = norm # fastai would warn at each step where a model has a `norm` of its own
-        if self.nonfinite == 'skip' and not isfinite(norm):
-            self.warn_once(f'The gradient norm is {norm.item()}: the step is skipped, as are others like it in this fit.')
-            raise CancelStepException
+# %% ../nbs/04_clip.ipynb #abf73076
+@patch
+def start_fit(self:GradientClip):
+    self._recent,self._packed = [],[]
+    self._skipped,self._epoch_start,self._measured = 0,0,None
+
+@patch
+def _keep(self:GradientClip, norm):
+    if len(self._recent) == 1024: self._pack()
+    self._recent.append(norm)
+
+@patch
+def _pack(self:GradientClip):
+    if not self._recent: return
+    last = self._recent[-1] # a step without any gradient has its norm, 0, on the CPU
+    self._packed.append(torch.stack([o.to(last) for o in self._recent]))
+    self._recent = []
+
+# %% ../nbs/04_clip.ipynb #3a99e800
+@patch(as_prop=True)
+def norms(self:GradientClip):
+    "The norm of each step of the last fit, before it was clipped: one tensor, on the CPU"
+    self._pack()
+    self._packed = [torch.cat([torch.empty(0), *(o.cpu() for o in self._packed)])]
+    return self._packed[0]
+
+@patch(as_prop=True)
+def norm(self:GradientClip):
+    "The norm of the last step, before it was clipped, a tensor with one number; None if there was no step"
+    norms = self._recent or self.norms
+    return norms[-1] if len(norms) else None
+
+@patch(as_prop=True)
+def skipped(self:GradientClip):
+    "How many steps of the last fit were skipped, as their norm was not finite"
+    return self._skipped
+
+# %% ../nbs/04_clip.ipynb #c870fb28
+@patch
+def before_fit(self:GradientClip): self._in_fit = self._in_fit and self._looking
+
+# %% ../nbs/04_clip.ipynb #db781ae6
+@torch.no_grad()
+def _clip_halves(params, max_norm, norm_type):
+    "As `clip_grad_norm_`, with norms in float32 where it has float16"
+    grads = [p.grad for p in params if p.grad is not None]
+    if not grads: return torch.tensor(0.)
+    wide = {torch.float16: torch.float32}
+    norms = [vector_norm(g, norm_type, dtype=wide.get(g.dtype)).to(grads[0].device) for g in grads]
+    norm = vector_norm(torch.stack(norms), norm_type)
+    for g in grads: g.mul_((max_norm/(norm+1e-6)).clamp(max=1).to(g.device))
+    return norm
+
+# %% ../nbs/04_clip.ipynb #eb1e8613
+@patch
+def _measure(self:GradientClip):
+    "Clip, and keep the norm"
+    params = step_params(self.learn.opt)
+    half = torch.float16 in [p.dtype for p in params]
+    norm = (_clip_halves if half else nn.utils.clip_grad_norm_)(params, self.max_norm, self.norm_type)
+    self._keep(norm)
+    self._measured = self._now
+    return norm
+
+@patch(as_prop=True)
+def _now(self:GradientClip):
+    "Which step it is; what is left of a window may be stepped after the last batch"
+    return [vars(self.learn).get(o) for o in ('train_iter', 'iter')]
+
+# %% ../nbs/04_clip.ipynb #4930178f
+@patch
+def before_step(self:GradientClip):
+    norm = self._measure()
+    if self.nonfinite == 'ignore' or isfinite(norm): return
+    said = f'The gradient norm of step {len(self.norms)-1} is'
+    if self.nonfinite == 'raise':
+        self.learn.opt.zero_grad()
+        raise RuntimeError(f'{said} non-finite: {norm.item()}')
+    self.warn_once(f'{said} {norm.item()}: it is skipped, as are others like it in this fit. `skipped` counts them.')
+    raise CancelStepException
+
+@patch
+def after_cancel_step(self:GradientClip):
+    if self._measured != self._now: self._measure() # the scaler, which comes first, has skipped it
+    self._skipped += not isfinite(self.norm)
+
+# %% ../nbs/04_clip.ipynb #a1ab1b5f
+@patch
+def after_epoch(self:GradientClip):
+    if not self._looking: self._epoch_start = len(self.norms)
+
+class _GradNorm(Metric):
+    "The mean of the norms of `clip` in this epoch, of those that are finite; NaN outside of its fits"
+    name = 'grad_norm'
+    def __init__(self, clip): self.clip = clip
+    @property
+    def value(self):
+        norms = self.clip.norms[self.clip._epoch_start:]
+        return norms[norms.isfinite()].mean()
+
+@patch(as_prop=True)
+def metric(self:GradientClip):
+    "The mean norm of an epoch, as a metric with the name `grad_norm`"
+    return _GradNorm(self)
+
+# %% ../nbs/04_clip.ipynb #9315a056
+@patch
+def end_fit(self:GradientClip):
+    n = self._epoch_start = len(self.norms)
+    if self._warned or 0 < n == self._skipped:
+        print(f'{self._skipped} of {n} steps were skipped: their gradient norm was not finite')
+
+# %% ../nbs/04_clip.ipynb #e1dd9cdb
+@patch
+def state_dict(self:GradientClip):
+    "What a fit that was cut off needs to go on"
+    return dict(norms=self.norms, skipped=self._skipped, epoch_start=self._epoch_start, warned=self._warned)
+
+@patch
+def load_state_dict(self:GradientClip, state):
+    self._recent,self._packed = [],[state['norms']]
+    self._skipped,self._epoch_start,self._warned = state['skipped'],state['epoch_start'],state['warned']
+
+# %% ../nbs/04_clip.ipynb #e9a1c246
+@patch
+def plot_norms(self:GradientClip,
+    ax=None, # Axes to draw on; None: the current ones
+): # The axes
+    "Plot the norm of each step of the last fit, and which were clipped or not finite"
+    ax = ax or plt.gca()
+    norms,finite,clipped = self.norms,self.norms.isfinite(),self.norms > self.max_norm
+    for label,which in ('not clipped', finite & ~clipped),('clipped', finite & clipped):
+        ax.plot(which.nonzero(), norms[which], '.', label=f'{label}: {which.sum()}')
+    if not finite.all():
+        bad,edge = (~finite).nonzero(),ax.get_xaxis_transform() # there 1 is the upper edge
+        ax.plot(bad, [.97]*len(bad), 'x', transform=edge, label=f'not finite: {len(bad)}, skipped: {self.skipped}')
+    if isfinite(self.max_norm): ax.axhline(self.max_norm, color='.7', lw=1, zorder=0, label='max_norm')
+    ax.set(xlabel='steps', ylabel='gradient norm', title='gradient norms')
+    ax.legend()
+    return ax

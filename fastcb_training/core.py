@@ -21,7 +21,6 @@ from fastai.callback.core import Callback
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastcore.basics import GetAttr, patch, patch_to, store_attr
-from fastcore.foundation import L
 from fastcore.xtras import truncstr
 from torch import nn
 from torch.utils.data import DataLoader as TorchLoader, IterableDataset
@@ -80,7 +79,7 @@ def step_params(
     opt, # A fastai optimizer
 )->list: # Parameters
     "The parameters that a step of `opt` moves, each once, in the order of their groups"
-    return list(dict.fromkeys(L(opt.param_lists).concat()))
+    return list(dict.fromkeys(p for group in opt.param_lists for p in group))
 
 # %% ../nbs/00_core.ipynb #d651f3a8
 class LoaderView(GetAttr):

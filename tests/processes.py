@@ -62,6 +62,9 @@ def unmasked(yb): return (~yb[0].isnan()).sum()
 def cancel_last(cb):
     if cb.training and cb.iter == cb.n_iter-1: raise CancelBatchException
 
+def overflow_on_last(cb):
+    if dist.get_rank() == dist.get_world_size()-1: cb.learn.loss_grad = cb.learn.loss_grad*float('inf')
+
 def uneven(dls, sizes):
     "`dls` with training batches of these `sizes`, which the processes deal out among themselves"
     train = list(zip(*(o.split(sizes) for o in dls.train_ds.tensors)))
@@ -112,6 +115,7 @@ cases = dict(
     unused=lambda: fit([GradientAccumulation(8)], model=Twice, ctx=dict(
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])),
     clipped=lambda: fit([GradientAccumulation(8), GradientClip(.5)]),
+    overflow=lambda: fit([GradientClip(.5), At('before_backward', overflow_on_last, it=1)]),
     cancelled=lambda: fit([GradientAccumulation(12), At('after_loss', stop(CancelFitException), it=1)]),
     failed=lambda: fit([GradientAccumulation(12), At('after_loss', stop(ValueError('on purpose')), it=1)], fails=(ValueError,)),
     failed_on_learner=lambda: fit([At('after_backward', stop(ValueError('on purpose')), it=1)], fails=(ValueError,),

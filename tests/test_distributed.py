@@ -84,6 +84,13 @@ def test_a_sum_is_averaged_over_the_processes(seen):
     check(seen, 'summed', n_acc=8, lr=1e-3, loss_func=lambda *o: F.mse_loss(*o, reduction='sum')/len(seen))
 
 
+def test_all_processes_skip_the_step_that_overflows_on_one(seen):
+    n = len(ranks(seen, 'overflow')[0]['xs'])
+    for r in ranks(seen, 'overflow'):
+        assert len(r['grads']) == n-2 and r['weights'].isfinite().all() # one batch in each of two epochs
+        assert torch.equal(r['weights'], ranks(seen, 'overflow')[0]['weights'])
+
+
 def test_a_cancelled_last_batch_is_flushed_all_the_same(seen):
     check(seen, 'last_cancelled', n_acc=12, flush=True, syncs=ranks(seen, 'last_cancelled')[0]['syncs'])
 
