@@ -90,10 +90,6 @@ def skipped(self:GradientClip):
     "How many steps of the last fit were skipped, as their norm was not finite"
     return self._skipped
 
-# %% ../nbs/04_clip.ipynb #c870fb28
-@patch
-def before_fit(self:GradientClip): self._in_fit = self._in_fit and self._looking
-
 # %% ../nbs/04_clip.ipynb #db781ae6
 @torch.no_grad()
 def _clip_halves(params, max_norm, norm_type):
