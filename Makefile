@@ -41,11 +41,11 @@ notebooks: $(READY) ## export, run and clean the notebooks in place (one: NB=nbs
 	@$(BIN)/nbdev-export
 	@$(ONE) $(BIN)/python tools/notebooks.py $(NB)
 
-readme: $(READY) ## make README.md from nbs/index.ipynb
+readme: $(READY) ## make README.md from nbs/index.ipynb, and nbs/llms.txt from all pages
 	@$(BIN)/python tools/readme.py
 
 docs: quarto $(READY) ## build the site into _docs (needs Quarto)
-	@$(BIN)/nbdev-docs
+	@$(BIN)/python tools/build_site.py
 
 bench: $(BENCH) ## measure beside fastai, Lightning, Accelerate and plain PyTorch, up to 30 minutes (a look: ARGS=--quick)
 	@$(BIN)/python benchmarks/run.py $(ARGS)
