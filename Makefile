@@ -8,7 +8,7 @@ BENCH  := .venv/.bench
 ONE    := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo distributed test test-cuda notebooks readme docs bench bench-cuda quarto
+.PHONY: help demo distributed test test-cuda mutants notebooks readme docs bench bench-cuda quarto
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -36,6 +36,9 @@ test-cuda: $(READY) ## check what needs a CUDA GPU
 	@if $(BIN)/python -W ignore -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  $(BIN)/python -m pytest -m cuda && $(BIN)/nbdev-test --flags cuda; \
 	else echo 'There is no CUDA GPU here: the tests and the cells marked cuda were skipped'; fi
+
+mutants: $(READY) ## break lines on purpose, one at a time, and see which check fails (some: M='core data')
+	@$(ONE) $(BIN)/python tools/mutants.py $(M)
 
 notebooks: $(READY) ## export, run and clean the notebooks in place (one: NB=nbs/03_accumulation.ipynb)
 	@$(BIN)/nbdev-export
