@@ -38,18 +38,21 @@ def run_a_cell(root):
 
 def edit_readme(root): (root/'README.md').write_text('# Another\n')
 
+def add_to_llms(root):
+    with (root/'nbs/llms.txt').open('a') as f: f.write('by hand\n')
+
 
 @pytest.mark.parametrize('fault, path, command', [
     (edit_module, 'fastcb_training/bnfreeze.py', 'nbdev-export'),
     (leave_orphan, 'fastcb_training/orphan.py', 'nbdev-export'),
     (run_a_cell, 'nbs/06_bnfreeze.ipynb', 'nbdev-clean'),
-    (edit_readme, 'README.md', 'make readme')])
+    (edit_readme, 'README.md', 'make readme'), (add_to_llms, 'nbs/llms.txt', 'make readme')])
 def test_check_names_what_is_stale(tree, capsys, fault, path, command):
     fault(tree)
     before = check.contents()
     assert check.main(tree) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [l for l in lines if not l.startswith('ok: ')] == [l for l in lines if path in l and command in l]
+    assert [l for l in lines if not l.startswith('ok: ')] == [f'stale: {path} (run {command})']
     assert check.contents() == before
 
 

@@ -1,5 +1,5 @@
 "Builds the site with Quarto, and finishes what nbdev makes of a page: `doc_procs` in pyproject.toml names `Page`"
-import re
+import inspect, re
 from pathlib import Path, PurePosixPath
 from shutil import rmtree
 from urllib.parse import urlsplit
@@ -11,7 +11,7 @@ from nbdev.process import Processor
 from nbdev.quarto import nbdev_docs
 from nbdev.processors import mk_cell
 
-import fastcb_training
+import fastcb_training.all
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,6 +61,17 @@ def lift_headings(nb):
 
 def without_code(source): return re.sub(r'^```.*?^```', '', source, flags=re.M | re.S)
 
+
+def keep_comments(nb):
+    "fastcore drops the comment on `**kwargs`, which is its documentation"
+    for cell in nb.cells:
+        shown = re.search(r'^show_doc\((\w+)', cell.source, re.M)
+        if not shown or not hasattr(fastcb_training.all, shown[1]): continue
+        comments = re.findall(r'(\*\*\w+),? +(# .+)', inspect.getsource(getattr(fastcb_training.all, shown[1])))
+        for o in cell.get('outputs', ()):
+            for arg, comment in comments:
+                md = text(o.get('data', {}).get('text/markdown', ''))
+                if md: o['data']['text/markdown'] = re.sub(rf'({re.escape(arg)}\b[^#\n]*)\n', rf'\1 {comment}\n', md, count=1)
 
 def fastai_page(name):
     "Where fastai documents the class or function of this name"
@@ -112,7 +123,7 @@ def open_in_colab(nb, page):
     nb.cells[0].source = f'---\n{yaml.safe_dump(links, sort_keys=False, allow_unicode=True)}---\n'
 
 
-STEPS = drop_directives, close_folds, lift_headings, link_fastai, link_pages, plain_html, name_photos
+STEPS = drop_directives, close_folds, lift_headings, keep_comments, link_fastai, link_pages, plain_html, name_photos
 
 class Page(Processor):
     "All of it, after nbdev's own processors"
