@@ -187,6 +187,22 @@ def test_fastais_names_lead_to_fastai(made):
     assert re.search(theirs, '\n'.join(chain(*map(written, made.values()))))
 
 
+COLAB = 'https://colab.research.google.com/github/'
+
+def test_pages_that_set_colab_up_can_be_opened_there(made):
+    "And they set up what this project is, at the place where the page is"
+    cfg, opened = get_config(ROOT), set()
+    for page, nb in made.items():
+        link = front(nb).get('code-links')
+        setup = [c.source for c in read(NBS/page).cells if 'google.colab' in c.source]
+        assert bool(link) == bool(setup), page
+        if not link: continue
+        opened.add(page)
+        assert link[0]['href'] == f'{COLAB}{cfg.user}/{cfg.repo}/blob/{cfg.branch}/nbs/{page}'
+        assert cfg.git_url in setup[0] and f"'{cfg.repo}/{PurePosixPath('nbs', page).parent}'" in setup[0], page
+    assert opened
+
+
 # The form of a page
 
 def headings(nb):

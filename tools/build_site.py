@@ -5,6 +5,7 @@ from shutil import rmtree
 from urllib.parse import urlsplit
 
 import yaml
+from fastcore.nbio import read_nb
 from nbdev.config import get_config, nbpath2html
 from nbdev.doclinks import NbdevLookup
 from nbdev.process import Processor
@@ -130,7 +131,7 @@ class Page(Processor):
     def __init__(self, nb):
         super().__init__(nb)
         self.page = Path(nb.path_).resolve().relative_to(get_config().nbs_path.resolve()).as_posix()
-        self.colab = any('google.colab' in c.source for c in nb.cells)
+        self.colab = any('google.colab' in c.source for c in read_nb(nb.path_).cells) # hidden, so gone by now
 
     def begin(self):
         for step in STEPS: step(self.nb)
