@@ -45,17 +45,21 @@ RULED = r'\A---\n+((?:\[source\].*\n+)?)(#+) (.+)\n+'
 
 def lift_headings(nb):
     "`show_doc` puts its heading below a rule and inside an output, where Pandoc takes it into no table of contents"
-    cells, last, level = [], None, 1
+    cells, named, level = [], set(), 1
+    def key(name): return re.sub(r'\W', '', name)
     for cell in nb.cells:
         if cell.cell_type == 'markdown':
-            for marks, name in re.findall(r'^(#+) (.+)$', without_code(cell.source), re.M): last, level = name, len(marks)
+            for marks, name in re.findall(r'^(#+) (.+)$', without_code(cell.source), re.M):
+                named.add(key(name))
+                level = len(marks)
         for o in cell.get('outputs', ()):
             found = re.match(RULED, text(o.get('data', {}).get('text/markdown', '')))
             if found:
                 source, _, name = found.groups()
                 o['data']['text/markdown'] = source + text(o['data']['text/markdown'])[found.end():]
-                if re.sub(r'\W', '', name) != re.sub(r'\W', '', last or ''): # the page has named it
-                    last, level = name, min(level+1, 3)
+                if key(name) not in named: # else the page has a heading of its own for it
+                    named.add(key(name))
+                    level = min(level+1, 3)
                     cells.append(mk_cell(f'{"#"*level} {name}', 'markdown'))
         cells.append(cell)
     nb.cells = cells
