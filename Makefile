@@ -8,7 +8,7 @@ BENCH  := .venv/.bench
 ONE    := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo distributed test test-cuda notebooks readme docs bench bench-cuda quarto
+.PHONY: help demo distributed test test-cuda mutants notebooks readme docs bench bench-cuda quarto
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -37,15 +37,18 @@ test-cuda: $(READY) ## check what needs a CUDA GPU
 	  $(BIN)/python -m pytest -m cuda && $(BIN)/nbdev-test --flags cuda; \
 	else echo 'There is no CUDA GPU here: the tests and the cells marked cuda were skipped'; fi
 
+mutants: $(READY) ## break lines on purpose, one at a time, and see which check fails (some: M='core data')
+	@$(ONE) $(BIN)/python tools/mutants.py $(M)
+
 notebooks: $(READY) ## export, run and clean the notebooks in place (one: NB=nbs/03_accumulation.ipynb)
 	@$(BIN)/nbdev-export
 	@$(ONE) $(BIN)/python tools/notebooks.py $(NB)
 
-readme: $(READY) ## make README.md from nbs/index.ipynb
+readme: $(READY) ## make README.md from nbs/index.ipynb, and nbs/llms.txt from all pages
 	@$(BIN)/python tools/readme.py
 
 docs: quarto $(READY) ## build the site into _docs (needs Quarto)
-	@$(BIN)/nbdev-docs
+	@$(BIN)/python tools/build_site.py
 
 bench: $(BENCH) ## measure beside fastai, Lightning, Accelerate and plain PyTorch, up to 30 minutes (a look: ARGS=--quick)
 	@$(BIN)/python benchmarks/run.py $(ARGS)

@@ -1,17 +1,16 @@
 "The site as far as it can be made without Quarto: every page as nbdev hands it over, its links, names and pictures"
-import ast, base64, builtins, io, re, subprocess, sys
+import ast, base64, builtins, inspect, io, os, re, subprocess, sys
 from itertools import chain, count
 from pathlib import PurePosixPath
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 
-import fastai.vision.all, mistune, nbformat, numpy as np, pytest, torch, yaml
+import fastai.vision.all, mistune, nbformat, pytest, torch, yaml
 from nbdev.config import get_config, nbpath2html
 from nbdev.doclinks import NbdevLookup
 from nbdev.test import nb_test_cells
 from PIL import Image
 
-import fastcb_training.all as fastcb
-import pictures
+import build_site, fastcb_training, fastcb_training.all as fastcb
 from readme import ROOT, scratch
 
 NBS, SITE = ROOT/'nbs', get_config(ROOT).doc_url.rstrip('/') + '/'
@@ -29,13 +28,20 @@ def text(value): return ''.join(value)  # a notebook may keep a text as its line
 
 
 @pytest.fixture(scope='module')
-def made():
-    "nbdev runs the imports and the exported cells of each page, from the root, not from nbs/"
+def processed():
+    "The pages, and what nbdev said. It runs the imports and the exported cells of each, from the root, not from nbs/"
     with scratch() as root:
         done = subprocess.run([sys.executable, '-c', 'from nbdev.serve import proc_nbs; proc_nbs(n_workers=0)'],
-                              cwd=root, capture_output=True, text=True)
+                              cwd=root, capture_output=True, text=True, env=os.environ | {'PYTHONPATH': str(ROOT/'tools')})
         assert done.returncode == 0, done.stderr
-        yield {page: read(root/'_proc'/page) for page in sorted(pages(root/'_proc'))}
+        yield {page: read(root/'_proc'/page) for page in sorted(pages(root/'_proc'))}, done.stderr
+
+@pytest.fixture(scope='module')
+def made(processed): return processed[0]
+
+def test_nbdev_has_nothing_to_say(processed):
+    "It warns about each cell that mixes imports with other code"
+    assert re.findall(r'imports and other code.*\n---\n((?:.+\n)+)', processed[1]) == []
 
 def front(nb): return next(yaml.safe_load_all(nb.cells[0].source))
 
@@ -57,19 +63,40 @@ def leaves(entry):
 
 def test_sidebar_has_every_page(): assert leaves(QUARTO['website']['sidebar']) == pages(NBS)
 
-def test_each_folder_has_a_list_of_its_pages(made):
-    "With their own titles and descriptions"
-    for page, nb in made.items():
-        path, o = PurePosixPath(page), front(nb)
-        if len(path.parts) == 1 or path.name == 'index.ipynb': continue
-        listing = '\n'.join(written(made[str(path.with_name('index.ipynb'))]))
-        assert f'- [{o["title"]}]({path.name}): {o["description"]}' in listing, page
+SECTIONS = [o for o in QUARTO['website']['sidebar']['contents'] if 'section' in o]
+
+def test_each_section_has_a_list_of_its_pages(made):
+    "With their own titles and descriptions; a breadcrumb leads to it"
+    for section in SECTIONS:
+        listing = '\n'.join(written(made[section['href']]))
+        for page in section['contents']:
+            path, o = nbpath2html(PurePosixPath(page)), front(made[page])
+            assert f'- [{o["title"]}]({path.name}): {o["description"]}' in listing, page
+
+def test_assistants_are_sent_to_every_page():
+    there = (NBS/'llms.txt').read_text(encoding='utf-8')
+    for section in SECTIONS:
+        assert f'\n## {section["section"]}\n' in there
+        for page in section['contents']: assert f']({url(page)}.md): ' in there, page
 
 def test_files_named_in_the_settings_are_there():
     website, html = QUARTO['website'], QUARTO['format']['html']
     named = [*QUARTO['project']['resources'], html['css'], website['favicon'], website['image'].lstrip('/')]
     assert [o for o in named if not any(NBS.glob(o))] == []
     assert (NBS/'404.qmd').exists() and website['repo-subdir'] == NBS.name
+    for name, size in {'favicon.png': (64, 64), 'card.png': (1200, 630)}.items():
+        assert Image.open(NBS/'images'/name).size == size and (NBS/'images'/name).stat().st_size < 100_000
+
+def test_the_shell_says_what_the_package_is():
+    cfg = get_config(ROOT)
+    site, website, html = build_site.settings(cfg)['website'], QUARTO['website'], QUARTO['format']['html']
+    assert {'nbdev.yml', 'site.yml'} == {*QUARTO['metadata-files']}
+    assert fastcb_training.__version__ in site['page-footer']['left'] and 'Apache-2.0' in site['page-footer']['left']
+    assert site['navbar']['right'][0]['href'] == cfg.git_url and site['navbar']['right'][0]['aria-label']
+    assert (ROOT/'.github/ISSUE_TEMPLATE'/site['issue-url'].partition('template=')[2]).exists()
+    for o in re.findall(r'/blob/main/([\w.]+)', str(site['page-footer'])): assert (ROOT/o).exists(), o
+    assert website['page-navigation'] and html['canonical-url'] and html['toc'] and html['html-math-method'] == 'mathml'
+    assert 'format-links: false' in (NBS/'404.qmd').read_text(encoding='utf-8')  # its address is any, a relative link is dead
 
 
 # Links
@@ -148,6 +175,134 @@ def test_dead_links_are_found(link, is_dead):
     assert list(dead(f'[A]({link})', SITE + 'a.html', there)) == [link]*is_dead
 
 
+def test_no_link_to_a_notebook(made):
+    "In HTML Quarto would follow it, in the Markdown edition it would be dead"
+    assert faults(made, lambda page, nb: [o for o in chain(*map(links, written(nb))) if '.ipynb' in o and SITE not in o
+                                          and 'colab' not in o]) == {}
+
+def test_fastais_names_lead_to_fastai(made):
+    ours = rf"fastai's (?:own )?\[`\w+(?:\(\))?`\]\({re.escape(SITE)}"
+    assert faults(made, lambda page, nb: re.findall(ours, '\n'.join(written(nb)))) == {}
+    theirs = r"fastai's (?:own )?\[`(?:BnFreeze|GradientClip|GradientAccumulation|ShortEpochCallback)`\]\(https://docs.fast.ai/"
+    assert re.search(theirs, '\n'.join(chain(*map(written, made.values()))))
+
+
+COLAB = 'https://colab.research.google.com/github/'
+
+def test_pages_that_set_colab_up_can_be_opened_there(made):
+    "And they set up what this project is, at the place where the page is"
+    cfg, opened = get_config(ROOT), set()
+    for page, nb in made.items():
+        link = front(nb).get('code-links')
+        setup = [c.source for c in read(NBS/page).cells if 'google.colab' in c.source]
+        assert bool(link) == bool(setup), page
+        if not link: continue
+        opened.add(page)
+        assert link[0]['href'] == f'{COLAB}{cfg.user}/{cfg.repo}/blob/{cfg.branch}/nbs/{page}'
+        assert cfg.git_url in setup[0] and f"'{cfg.repo}/{PurePosixPath('nbs', page).parent}'" in setup[0], page
+    assert opened
+
+
+# The form of a page
+
+def headings(nb):
+    "The levels and texts of all headings; the title is the first"
+    yield 1, front(nb)['title']
+    for token, _ in all_tokens(nb):
+        if token['type'] == 'heading': yield token['attrs']['level'], raw(token)
+
+def jumps(page, nb):
+    "The headings that are more than one level below the one before, and those of level 1"
+    levels = list(headings(nb))
+    return [name for (before, _), (level, name) in zip(levels, levels[1:]) if level > before+1 or level == 1]
+
+def test_headings_do_not_jump(made): assert faults(made, jumps) == {}
+
+def test_no_section_is_empty(made):
+    "A heading is followed by something, if only by one of a lower level"
+    def empty(page, nb):
+        blocks = [(cell, [t for t in markdown(cell.source) if t['type'] != 'blank_line'] if cell.cell_type == 'markdown' else [None])
+                  for cell in nb.cells[1:]]
+        flat = [t for _, tokens in blocks for t in tokens]
+        for token, after in zip(flat, [*flat[1:], 'end']):
+            if not token or token['type'] != 'heading': continue
+            if after == 'end' or after and after['type'] == 'heading' and after['attrs']['level'] <= token['attrs']['level']:
+                yield raw(token)
+    assert faults(made, empty) == {}
+
+def test_headings_are_in_the_contents(made):
+    "Pandoc takes none from the output of a cell that begins with something else, as nbdev's documentation does"
+    def inside(page, nb):
+        for cell in nb.cells:
+            for o in cell.get('outputs', ()):
+                yield from re.findall(r'^#+ .*', text(o.get('data', {}).get('text/markdown', '')), re.M)
+    assert faults(made, inside) == {}
+    named = {re.sub('`', '', name).partition('.')[0] for nb in made.values() for _, name in headings(nb)}
+    assert {name for name, o in vars(fastcb).items() if isinstance(o, type) and o.__module__.startswith('fastcb')} <= named
+
+def test_source_begins_folded(made):
+    assert faults(made, lambda page, nb: [c.id for c in nb.cells if '#| code-fold: show' in c.source]) == {}
+
+def test_no_directive_is_left_in_a_text(made):
+    assert faults(made, lambda page, nb: [c.source for c in nb.cells if c.cell_type == 'markdown' and '#|' in c.source[:2]]) == {}
+
+def test_no_script_from_another_host(made):
+    "Quarto loads jquery and require.js where an output has the type text/html, and MathJax where there is a formula"
+    def loads(page, nb):
+        return [c.id for c in nb.cells for o in c.get('outputs', ()) if 'text/html' in o.get('data', {})]
+    assert faults(made, loads) == {} and not any('widgets' in nb.metadata for nb in made.values())
+
+def stored(page): return [(cell, o) for cell in read(NBS/page).cells for o in cell.get('outputs', ())]
+
+def test_no_progress_bar_is_stored():
+    for page in pages(NBS):
+        for cell, o in stored(page): assert '<progress' not in text(o.get('data', {}).get('text/html', '')), (page, cell.id)
+
+def test_code_is_as_wide_as_the_page(made):
+    "126 characters at 1,440 pixels"
+    def wide(page, nb):
+        for cell in nb.cells:
+            if cell.cell_type == 'code' and '#| echo: false' not in cell.source:
+                yield from (l for l in cell.source.splitlines() if len(l) > 120 and not l.startswith('#|'))
+    assert faults(made, wide) == {}
+
+BARE = r'[\[(][\d\s.,()\[\]e+-]*,[\d\s.,()\[\]e+-]*[\])]'
+
+def test_numbers_have_names():
+    "An output such as ((8, 7), (6, 5)) says nothing"
+    def bare(page, _):
+        for cell, o in stored(page):
+            value = text(o.get('data', {}).get('text/plain', ''))
+            if o.output_type == 'execute_result' and re.fullmatch(BARE, value) and '[' != value[0]: yield value
+    assert faults({page: None for page in pages(NBS)}, bare) == {}
+
+def docments(f):
+    "The comments on the arguments of `f`, from its source"
+    lines = inspect.getsource(f).splitlines()
+    end = next(i for i, l in enumerate(lines) if re.search(r'^\s*\).*:|^\s*(def|class).*:$', l))
+    return [l.partition(' # ')[2].strip() for l in lines[:end+1] if ' # ' in l]
+
+def test_no_argument_loses_its_comment(made):
+    "The comments are the only documentation of an argument"
+    shown = '\n'.join(text(o.data['text/markdown']) for nb in made.values() for c in nb.cells for o in c.get('outputs', ())
+                      if 'text/markdown' in o.get('data', {}))
+    for name in OURS:
+        o = getattr(fastcb, name)
+        if inspect.isclass(o) or inspect.isfunction(o):
+            for comment in docments(o.__init__ if inspect.isclass(o) else o): assert comment in shown, (name, comment)
+
+# What a reader types who has the problem of this page
+SEARCHED = {'index.ipynb': ['install'], '06_bnfreeze.ipynb': ['freeze batchnorm'], '03_accumulation.ipynb': ['out of memory'],
+            '01_shortepoch.ipynb': ['smoke test'], '04_clip.ipynb': ['NaN'], '02_resume.ipynb': ['resume'],
+            '05_microbatch.ipynb': ['out of memory'], '07_features.ipynb': ['precompute']}
+
+@pytest.mark.parametrize('page', sorted(SEARCHED))
+def test_the_words_that_are_searched_for_are_near_the_top(made, page):
+    if page not in made: pytest.skip('this page is not there yet')
+    top = ' '.join(' '.join([front(made[page])['description'], *written(made[page])]).split()[:250]).lower()
+    for word in SEARCHED[page]: assert word.lower() in top, word
+
+
 # Names
 
 OURS = {name for name in vars(fastcb) if name[0] != '_'}
@@ -203,15 +358,11 @@ def test_pictures_have_an_alternative_text(made):
         for cell, _ in shown(nb): assert len(alt(cell)) >= 20, (page, cell.id)
         for token, _ in all_tokens(nb): assert token['type'] != 'image' or raw(token), (page, token)
 
-def test_pictures_of_the_site_are_what_the_script_draws(tmp_path):
-    "Up to what another version of matplotlib draws otherwise"
-    pictures.draw(tmp_path)
-    sizes = {'favicon.png': (64, 64), 'card.png': (1200, 630)}
-    assert {p.name for p in (NBS/'images').iterdir()} == set(sizes) == set(pictures.PICTURES)
-    for name, size in sizes.items():
-        there, drawn = [Image.open(folder/name) for folder in (NBS/'images', tmp_path)]
-        assert there.format == 'PNG' and there.size == size and (NBS/'images'/name).stat().st_size < 100_000
-        assert np.abs(np.asarray(there.convert('RGBA'), float) - np.asarray(drawn.convert('RGBA'))).mean() < 2
+def test_charts_and_photographs_are_told_apart(made):
+    "The dark theme turns charts over"
+    for page, nb in made.items():
+        for cell, _ in shown(nb):
+            assert ('#| classes: photo' in cell.source) == bool(re.search(build_site.PHOTOS, cell.source)), (page, cell.id)
 
 
 # Pages that run anywhere

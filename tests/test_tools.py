@@ -1,10 +1,10 @@
 "The scripts in tools/: what is stale is named, and nothing else is touched"
-import shutil
+import json, shutil
 
 import nbformat, pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-import check, notebooks, readme
+import check, mutants, notebooks, readme
 
 
 @pytest.fixture(scope='module')
@@ -38,18 +38,21 @@ def run_a_cell(root):
 
 def edit_readme(root): (root/'README.md').write_text('# Another\n')
 
+def add_to_llms(root):
+    with (root/'nbs/llms.txt').open('a') as f: f.write('by hand\n')
+
 
 @pytest.mark.parametrize('fault, path, command', [
     (edit_module, 'fastcb_training/bnfreeze.py', 'nbdev-export'),
     (leave_orphan, 'fastcb_training/orphan.py', 'nbdev-export'),
     (run_a_cell, 'nbs/06_bnfreeze.ipynb', 'nbdev-clean'),
-    (edit_readme, 'README.md', 'make readme')])
+    (edit_readme, 'README.md', 'make readme'), (add_to_llms, 'nbs/llms.txt', 'make readme')])
 def test_check_names_what_is_stale(tree, capsys, fault, path, command):
     fault(tree)
     before = check.contents()
     assert check.main(tree) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [l for l in lines if not l.startswith('ok: ')] == [l for l in lines if path in l and command in l]
+    assert [l for l in lines if not l.startswith('ok: ')] == [f'stale: {path} (run {command})']
     assert check.contents() == before
 
 
@@ -89,3 +92,29 @@ def test_notebook_that_fails_stays_as_it_was(tree):
     before = path.read_bytes()
     with pytest.raises(Exception, match='ZeroDivisionError'): notebooks.run(path)
     assert path.read_bytes() == before
+
+def test_notebook_keeps_no_bar_that_stood_still(tree):
+    path = notebook(tree/'nbs/a.ipynb', 'from fastprogress import *',
+                    "mb = master_bar(range(2))\ntry:\n    for _ in mb:\n        mb.write(['a', 'b'], table=True)\n        1/0\n"
+                    "except ZeroDivisionError: pass")
+    notebooks.run(path)
+    html = ''.join(o.data['text/html'] for o in outputs(path)[1])
+    assert '<th>a</th>' in html and '<progress' not in html
+
+
+# Lines that are broken on purpose
+
+@pytest.mark.parametrize('mutant', mutants.mutants(), ids=lambda m: f"{m['module']}: {m['breaks']}")
+def test_a_mutant_breaks_a_line_that_is_there(tree, mutant):
+    mutants.break_line(tree, mutant['module'], mutant['old'], mutant['new'])
+    assert mutant['old'] not in (tree/f"fastcb_training/{mutant['module']}.py").read_text(encoding='utf-8')
+    assert (readme.ROOT/mutant['seen_by'].partition('::')[0]).exists()
+
+def test_the_table_of_mutants_is_that_of_the_list():
+    "And each of them was seen"
+    table = json.loads(mutants.TABLE.read_text(encoding='utf-8'))
+    assert [{k: v for k, v in m.items() if k != 'found'} for m in table] == mutants.mutants()
+    assert all(m['found'] for m in table)
+
+def test_a_line_that_is_not_there_is_no_mutant(tree):
+    with pytest.raises(ValueError, match='0 times'): mutants.break_line(tree, 'core', 'no such line', '')

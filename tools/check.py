@@ -1,11 +1,11 @@
-"Says whether modules, notebooks and README.md are what nbdev would make now; asks in a copy, so nothing changes"
+"Says which modules, notebooks and texts are not what nbdev would make of them now; asks in a copy, so nothing changes"
 import sys
 from pathlib import Path
 
 from nbdev.clean import nbdev_clean
 from nbdev.doclinks import nbdev_export
 
-from readme import ROOT, readme, scratch
+from readme import ROOT, make, scratch
 
 
 def export():
@@ -15,12 +15,12 @@ def export():
     nbdev_export.__wrapped__()
 
 def clean(): nbdev_clean.__wrapped__()
-def make_readme(): Path('README.md').write_text(readme('.'), encoding='utf-8')
+def make_readme(): make('.')
 
 
 STEPS = {'modules equal their notebooks': (export, 'nbdev-export'),
          'notebooks are clean': (clean, 'nbdev-clean'),
-         'README.md is current': (make_readme, 'make readme')}
+         'README.md and llms.txt are current': (make_readme, 'make readme')}
 
 
 def contents(): return {p.as_posix(): p.read_bytes() for p in Path().rglob('*') if p.is_file()}
@@ -40,7 +40,7 @@ def main(root=ROOT):
     for what, (step, command) in STEPS.items():
         files = stale(step, root)
         if files: status = 1
-        print(f"not so: {what}: {', '.join(files)} (mend with: {command})" if files else f'ok: {what}')
+        print(f"stale: {', '.join(files)} (run {command})" if files else f'ok: {what}')
     return status
 
 

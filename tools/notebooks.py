@@ -23,13 +23,17 @@ class Runner(NotebookClient):
         return await super().async_execute_cell(cell, *args, **kwargs) if cell.id in self.runs else cell
 
 
+BAR = r'\s*<div>\s*<progress.*?</div>\s*'  # one that stood still when an error came
+
 def tidy(outputs):
-    "`outputs` without what progress bars leave: their style, emptied lines, and the table's source as text"
+    "`outputs` without what progress bars leave: themselves, their style, emptied lines, and the table's source as text"
     kept = []
     for o in outputs:
         data = o.get('data', {})
         html = data.get('text/html')
-        if html is not None and not re.sub('<style>.*?</style>', '', html, flags=re.S).strip(): continue
+        if html is not None:
+            html = data['text/html'] = re.sub(BAR, '', html, flags=re.S)
+            if not re.sub('<style>.*?</style>', '', html, flags=re.S).strip(): continue
         # Quarto would show this in place of the table
         if data.get('text/markdown', '').startswith('```html'): del data['text/markdown'], data['text/plain']
         kept.append(o)

@@ -1,4 +1,4 @@
-"Makes README.md from nbs/index.ipynb: the page as nbdev shows it, in Markdown, with absolute links"
+"Makes README.md from nbs/index.ipynb, as nbdev-readme does with Quarto, but without it; and nbs/llms.txt from all pages"
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +34,10 @@ def absolute(link, site):
     return urljoin(f'{site}/', path) + mark + anchor
 
 
+def raw_html(markdown):
+    "The HTML in it as GitHub takes it, which is Quarto's without the fence"
+    return re.sub(r'^```\{=html\}\n(.*?)\n```$', r'\1', markdown, flags=re.M | re.S)
+
 def plain(cell, site):
     "`cell` without what only the site understands"
     cell.source = re.sub(r'\A(#\|.*\n)+', '', cell.source)
@@ -42,6 +46,8 @@ def plain(cell, site):
     if cell.cell_type == 'code':
         # A picture would have to be a file of its own beside README.md
         cell.outputs = [o for o in cell.outputs if 'image/png' not in o.get('data', {})]
+        for o in cell.outputs:
+            if 'text/markdown' in o.get('data', {}): o.data['text/markdown'] = raw_html(o.data['text/markdown'])
     return cell
 
 
@@ -60,4 +66,27 @@ def readme(root=ROOT):
     return re.sub(r'\n{3,}', '\n\n', re.sub(r'[ \t]+$', '', text, flags=re.M)).strip() + '\n'
 
 
-if __name__ == '__main__': (ROOT/'README.md').write_text(readme(), encoding='utf-8')
+def title(path):
+    "What the page says it is: its first lines, `# title` and `> description`"
+    source = next(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == 'markdown')
+    return re.match(r'# (.+)\n+> (.+)', source).groups()
+
+def llms(root=ROOT):
+    "The text of nbs/llms.txt, which nbdev would make of the modules alone: each page of the sidebar, as Markdown"
+    cfg, root = get_config(root), Path(root)
+    intro = next(c.source for c in nbformat.read(root/'nbs/index.ipynb', as_version=4).cells if '#| export' in c.source)
+    blocks = [f'# {cfg.title}', f'> {cfg.description}', intro.replace('#| export\n', '', 1)]
+    for section in yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']:
+        if 'contents' not in section: continue
+        pages = [(*title(root/'nbs'/page), absolute(page, cfg.doc_url)) for page in section['contents']]
+        blocks += [f"## {section['section']}", '\n'.join(f'- [{t}]({url}.md): {d}' for t, d, url in pages)]
+    return '\n\n'.join([*blocks, '<!-- Made by `make readme` -->']) + '\n'
+
+
+MADE = {'README.md': readme, 'nbs/llms.txt': llms}
+
+def make(root=ROOT):
+    for path, text in MADE.items(): (Path(root)/path).write_text(text(root), encoding='utf-8')
+
+
+if __name__ == '__main__': make()
