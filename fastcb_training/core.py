@@ -6,7 +6,7 @@ Docs: https://fastcb.github.io/fastcb_training/core.html.md"""
 
 # %% auto #0
 __all__ = ['FitCallback', 'step_params', 'LoaderView', 'first_batches', 'NumberedPass', 'has_numbers', 'numbered_batches',
-           'check', 'check_amount']
+           'NumberedBatches', 'check', 'check_amount']
 
 # %% ../nbs/00_core.ipynb #bdf2e3c5
 import sys,torch
@@ -100,6 +100,7 @@ def first_batches(
     batches,given = _pass(dl),0
     try:
         for given,b in enumerate(islice(batches, n), 1): yield b
+        if given == n and isinstance(dl, (LoaderView, NumberedBatches)) and len(dl) == n: next(batches, None) # so that it ends
     finally: batches.close()
     if given == n and isinstance(dl, DataLoader): dl.after_iter() # it would have come with the next one
 
@@ -191,12 +192,18 @@ def numbered_batches(
 ): # The batches, loaded as they are asked for; None if `dl` has no numbers
     "One pass over `dl` that loads only the batches of these `numbers`"
     if isinstance(dl, LoaderView): return dl.numbered(numbers)
-    if has_numbers(dl): return _numbered(dl, numbers)
+    if has_numbers(dl): return NumberedBatches(dl, numbers)
 
-def _numbered(dl, numbers):
-    whole = NumberedPass(dl)
-    yield from whole.load([whole.batches[n] for n in numbers])
-    whole.end()
+class NumberedBatches:
+    "An iterator of the batches of `dl` that have these `numbers`, with a length"
+    def __init__(self, dl, numbers): self.numbers,self.batches = list(numbers),self._load(dl)
+    def _load(self, dl):
+        whole = NumberedPass(dl)
+        yield from whole.load([whole.batches[n] for n in self.numbers])
+        whole.end()
+    def __len__(self): return len(self.numbers)
+    def __iter__(self): return self.batches
+    def __next__(self): return next(self.batches)
 
 # %% ../nbs/00_core.ipynb #7b363d93
 def check(
