@@ -85,7 +85,7 @@ def step_params(
 # %% ../nbs/00_core.ipynb #d651f3a8
 class LoaderView(GetAttr):
     "A view of `dl` with `n` batches, the first of `batches`; in all else it is `dl`"
-    _default = 'dl'
+    _default,is_exact = 'dl',True # `is_exact`: has never more batches than its length
     def __init__(self, dl, n, batches): store_attr()
     def __len__(self): return self.n
     def __iter__(self): return first_batches(self.batches, self.n)
@@ -100,7 +100,7 @@ def first_batches(
     batches,given = _pass(dl),0
     try:
         for given,b in enumerate(islice(batches, n), 1): yield b
-        if given == n and isinstance(dl, (LoaderView, NumberedBatches)) and len(dl) == n: next(batches, None) # so that it ends
+        if given == n and getattr(type(dl), 'is_exact', False) and len(dl) == n: next(batches, None) # it ends here
     finally: batches.close()
     if given == n and isinstance(dl, DataLoader): dl.after_iter() # it would have come with the next one
 
@@ -196,6 +196,7 @@ def numbered_batches(
 
 class NumberedBatches:
     "An iterator of the batches of `dl` that have these `numbers`, with a length"
+    is_exact = True
     def __init__(self, dl, numbers): self.numbers,self.batches = list(numbers),self._load(dl)
     def _load(self, dl):
         whole = NumberedPass(dl)
