@@ -6,7 +6,7 @@ Docs: https://fastcb.github.io/fastcb_training/core.html.md"""
 
 # %% auto #0
 __all__ = ['FitCallback', 'step_params', 'LoaderView', 'first_batches', 'NumberedPass', 'has_numbers', 'numbered_batches',
-           'NumberedBatches', 'check', 'check_amount']
+           'picked_batches', 'ExactBatches', 'check', 'check_amount']
 
 # %% ../nbs/00_core.ipynb #bdf2e3c5
 import sys,torch
@@ -70,10 +70,13 @@ _fit = Learner.fit
 @patch_to(Learner)
 @wraps(_fit)
 def fit(self, *args, **kwargs):
+    outer = [(cb, dict(vars(cb))) for cb in self.cbs if isinstance(cb, FitCallback) and cb._in_fit]
+    for cb,_ in outer: cb._in_fit = False # a fit inside a fit has a life of its own
     try: return _fit(self, *args, **kwargs)
     finally:
         for cb in self.cbs:
             if isinstance(cb, FitCallback): cb._end()
+        for cb,life in outer: vars(cb).update(life)
 
 # %% ../nbs/00_core.ipynb #f7c11dbf
 def step_params(
@@ -120,16 +123,24 @@ _end = object()
 # %% ../nbs/00_core.ipynb #ea90ebe2
 class NumberedPass:
     "A pass over `dl`, begun as `dl` does, of which any `batches` of indices can be loaded"
-    def __init__(self, dl):
-        self.dl,source = dl,_generator(dl)
+    def __init__(self, dl,
+        state=None, # `batches,seed` of another pass over `dl`, perhaps in another process, to go on with
+    ):
+        self.dl = dl
         if isinstance(dl, DataLoader):
-            dl.randomize()
+            if not state: dl.randomize()
             dl.before_iter()
+        self.batches,self.seed = state or self._draw()
+
+    def _draw(self):
+        dl,source = self.dl,_generator(self.dl)
+        if isinstance(dl, DataLoader):
             size = dl.bs or 1
-            self.batches = list(chunked(islice(dl.get_idxs(), len(dl)*size), size, dl.drop_last))
-        self.seed = source.get_state()
+            batches = list(chunked(islice(dl.get_idxs(), len(dl)*size), size, dl.drop_last))
+        seed = source.get_state()
         torch.empty((), dtype=torch.int64).random_(generator=source) # each pass draws a seed for its workers
-        if not isinstance(dl, DataLoader): self.batches = list(islice(dl._index_sampler, len(dl)))
+        if not isinstance(dl, DataLoader): batches = list(islice(dl._index_sampler, len(dl)))
+        return batches,seed
 
     def load(self,
         batches:list, # Some of `self.batches`, or other lists of indices
@@ -174,7 +185,7 @@ def has_numbers(
     dl, # A loader of fastai's or PyTorch's, or a view of one
 )->bool: # Does it load what its indices say?
     "Can `numbered_batches` load some of the batches of `dl`?"
-    if isinstance(dl, LoaderView): return has_numbers(dl.batches)
+    if hasattr(type(dl), 'numbered'): return not isinstance(dl, LoaderView) or has_numbers(dl.batches)
     if isinstance(dl, TorchLoader):
         return type(dl).__iter__ is TorchLoader.__iter__ and not isinstance(dl.dataset, IterableDataset) and _has_length(dl)
     if not isinstance(dl, DataLoader) or type(dl).__iter__ is not DataLoader.__iter__: return False
@@ -191,18 +202,25 @@ def numbered_batches(
     numbers:Iterable, # Numbers of batches in a pass over `dl`, rising
 ): # The batches, loaded as they are asked for; None if `dl` has no numbers
     "One pass over `dl` that loads only the batches of these `numbers`"
-    if isinstance(dl, LoaderView): return dl.numbered(numbers)
-    if has_numbers(dl): return NumberedBatches(dl, numbers)
+    if hasattr(type(dl), 'numbered'): return dl.numbered(numbers)
+    numbers = list(numbers)
+    def pick(batches): return [batches[n] for n in numbers if n < len(batches)]
+    if has_numbers(dl): return ExactBatches(len(numbers), picked_batches(dl, pick))
 
-class NumberedBatches:
-    "An iterator of the batches of `dl` that have these `numbers`, with a length"
+def picked_batches(
+    dl, # A loader that has numbers
+    pick:Callable, # Function of the lists of indices of all batches; returns those to load
+): # The batches, loaded as they are asked for
+    "One pass over `dl` that loads the batches of indices that `pick` returns"
+    whole = NumberedPass(dl)
+    yield from whole.load(pick(whole.batches))
+    whole.end()
+
+class ExactBatches:
+    "An iterator of `batches`, of which there are `n`"
     is_exact = True
-    def __init__(self, dl, numbers): self.numbers,self.batches = list(numbers),self._load(dl)
-    def _load(self, dl):
-        whole = NumberedPass(dl)
-        yield from whole.load([whole.batches[n] for n in self.numbers])
-        whole.end()
-    def __len__(self): return len(self.numbers)
+    def __init__(self, n, batches): store_attr()
+    def __len__(self): return self.n
     def __iter__(self): return self.batches
     def __next__(self): return next(self.batches)
 
