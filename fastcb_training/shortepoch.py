@@ -130,7 +130,8 @@ def _length(dl):
     except TypeError: return None # a stream
 
 @patch
-def _show(self:ShortEpochCallback, n, batches, dl=None): self.learn.dl = _ShortView(dl or self.dl, n, batches, self)
+def _show(self:ShortEpochCallback, n, batches, dl=None):
+    self.learn.dl = _ShortView(self.dl if dl is None else dl, n, batches, self)
 
 class _ShortView(LoaderView):
     "A view whose `cb` can close what it has opened"
@@ -420,7 +421,7 @@ def _folder():
 class _Before:
     "What a Learner is made of, to be put back"
     def __init__(self, learn, cbs):
-        self.seen,self.walked,self.undo = {},set(),[]
+        self.seen,self.walked,self.stored,self.undo = {},set(),set(),[]
         self.attrs(learn)
         self.contents(learn.cbs)
         for o in learn.model,learn.loss_func,learn.opt,learn.opt_func: self.deep(o)
@@ -494,15 +495,22 @@ def deep(self:_Before, o):
 def tensor(self:_Before, o):
     "A tensor's values, gradient and place"
     if is_lazy(o) or not self.new(o): return
-    values,data,grad,requires = o.detach().to('cpu', copy=True),o.data,o.grad if o.is_leaf else None,o.requires_grad
+    data,grad,requires = o.data,o.grad if o.is_leaf else None,o.requires_grad
+    self.storage(data.untyped_storage())
     if grad is not None: self.tensor(grad)
     def undo():
         if o.is_leaf:
             o.grad,o.data = None,data
             o.requires_grad_(requires)
             o.grad = grad
-        with torch.no_grad(): o.data.copy_(values)
     self.undo.append(undo)
+
+@patch
+def storage(self:_Before, o):
+    "The bytes of tensors, which may share them"
+    if o.data_ptr() in self.stored: return
+    self.stored.add(o.data_ptr())
+    self.undo.append(partial(o.copy_, o.cpu() if o.is_cuda else o.clone()))
 
 @patch
 def loader(self:_Before, o):
