@@ -28,7 +28,7 @@ from fastai.callback.rnn import ModelResetter
 from fastai.callback.schedule import LRFinder
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader, _FakeLoader
-from fastai.learner import Learner, SkipToEpoch
+from fastai.learner import Learner, Metric, SkipToEpoch
 from fastai.losses import BaseLoss
 from fastai.optimizer import _BaseOptimizer
 from fastai.torch_core import apply, distrib_barrier, rank_distrib
@@ -459,6 +459,7 @@ def attrs(self:_Before, o):
     self.undo.append(undo)
     for v in before.values():
         if isinstance(v, (dict, list, set, L)): self.contents(v)
+        elif isinstance(v, Metric): self.attrs(v) # the Recorder's losses
 
 @patch
 def contents(self:_Before, o):
