@@ -29,7 +29,7 @@ __all__ = ['ShortEpochCallback']
 # %% ../nbs/01_shortepoch.ipynb #bdff14e5
 import os,random,shutil,torch
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from fractions import Fraction
 from functools import partial, wraps
@@ -42,7 +42,6 @@ from tempfile import mkdtemp
 
 import numpy as np
 from fastai.callback.core import Callback
-from fastai.callback.progress import CSVLogger
 from fastai.callback.rnn import ModelResetter
 from fastai.callback.schedule import LRFinder
 from fastai.data.core import DataLoaders
@@ -63,7 +62,8 @@ from .core import (ExactBatches, FitCallback, LoaderView, NumberedPass, check, f
 # %% ../nbs/01_shortepoch.ipynb #5d000002
 class _Default(float): "A number that nobody said"
 _one_percent = _Default(.01)
-_exclusive = ('pct', 'n_batches'),('n_valid', 'short_valid=False'),('overfit', 'resume'),('overfit', 'n_valid'),('overfit', 'short_valid=False')
+_exclusive = (('pct', 'n_batches'), ('n_valid', 'short_valid=False'), ('overfit', 'resume'), ('overfit', 'n_valid'),
+              ('overfit', 'short_valid=False'))
 
 # %% ../nbs/01_shortepoch.ipynb #23887df4
 class ShortEpochCallback(FitCallback):
@@ -120,6 +120,7 @@ def before_train(self:ShortEpochCallback):
     elif self.overfit: self._show(len(self._kept(n)), self._same)
     else: self._show(n, self.dl)
 
+# %% ../nbs/01_shortepoch.ipynb #5d000301
 @patch
 def before_validate(self:ShortEpochCallback):
     if self._looking or self._finds_lr: return
@@ -137,7 +138,8 @@ def _finds_lr(self:ShortEpochCallback): return any(isinstance(cb, LRFinder) for 
 def _n(self:ShortEpochCallback, name, arg, k, more=False):
     "How many batches of `learn.dl` are fitted, `k` or a part; `more` than it has if it begins anew"
     n = _length(self.dl)
-    if n is None and k is None: raise TypeError(f'`{name}` has no length, so `{arg}` has to say how many batches to take')
+    if n is None and k is None:
+        raise TypeError(f'`{name}` has no length, so `{arg}` has to say how many batches to take')
     if n is None or n and k and more: return k
     if k: return min(k, n)
     if arg == 'n_valid' and not self.short_valid: return n
@@ -148,6 +150,7 @@ def _length(dl):
     try: return len(dl)
     except TypeError: return None # a stream
 
+# %% ../nbs/01_shortepoch.ipynb #5d000302
 @patch
 def _show(self:ShortEpochCallback, n, batches, dl=None):
     self.learn.dl = _ShortView(self.dl if dl is None else dl, n, batches, self)
@@ -182,6 +185,7 @@ class _Spread:
         items = _evenly(list(chain(*batches)), self.n*size)
         return [items[i:i+size] for i in range(0, len(items), size)]
 
+# %% ../nbs/01_shortepoch.ipynb #5d000303
 def _evenly(items, n): return [items[i*(len(items)-1)//max(n-1, 1)] for i in range(n)]
 
 def _are_apart(dl):
@@ -241,6 +245,7 @@ def _numbered_rest(self:_Passes, n, skip):
     self.at = start+len(some)
     if self.at == len(whole): self.end()
 
+# %% ../nbs/01_shortepoch.ipynb #5d000304
 @patch
 def _stream_rest(self:_Passes, n, skip):
     given = 0
@@ -307,6 +312,7 @@ def _resumed(self:ShortEpochCallback, n):
     self._remember()
     return _Part(self._passes, n)
 
+# %% ../nbs/01_shortepoch.ipynb #5d000305
 @patch
 def _begin_passes(self:ShortEpochCallback, n):
     if self._passes: self._passes.close()
@@ -318,6 +324,7 @@ def _begin_passes(self:ShortEpochCallback, n):
         k = sum(cb._skip_to for cb in self.learn.cbs if isinstance(cb, SkipToEpoch))
         for _ in self._passes.take(k*n, skip=k*n): pass
 
+# %% ../nbs/01_shortepoch.ipynb #5d000306
 class _Part:
     "The next `n` batches of `passes`"
     is_exact = True
@@ -349,6 +356,7 @@ def _new_pass(self:ShortEpochCallback):
 @patch(as_prop=True)
 def _resets(self:ShortEpochCallback): return any(isinstance(cb, ModelResetter) for cb in self.learn.cbs)
 
+# %% ../nbs/01_shortepoch.ipynb #5d000307
 def _memory(model):
     "The tensors that the parts of `model` with a `reset` hold, apart from parameters"
     parts = {n: m for n,m in model.named_modules() if callable(getattr(m, 'reset', None))}
@@ -404,11 +412,12 @@ def _dry(f):
         given = call.arguments if 'cbs' in call.arguments else call.arguments.get('kwargs', {})
         if given.get('cbs') is None: cbs = L()
         else: cbs = given['cbs'] = L(given['cbs'])
-        if not any(_is_dry(cb) for cb in cbs+self.cbs) or any(_finds_lr(cb) for cb in cbs): return f(*call.args, **call.kwargs)
-        if isinstance(self.path, _Aside): return f(*call.args, **call.kwargs) # inside a dry run
-        with _nothing_left(self, cbs): return f(*call.args, **call.kwargs)
+        dry = any(map(_is_dry, cbs+self.cbs)) and not any(map(_finds_lr, cbs))
+        inside = isinstance(self.path, _Aside) # a dry run
+        with _nothing_left(self, cbs) if dry and not inside else nullcontext(): return f(*call.args, **call.kwargs)
     return _inner
 
+# %% ../nbs/01_shortepoch.ipynb #5d000308
 def _is_dry(cb): return isinstance(cb, ShortEpochCallback) and cb.dry_run
 def _finds_lr(cb): return cb is LRFinder or isinstance(cb, LRFinder)
 
@@ -429,6 +438,7 @@ def _nothing_left(learn, cbs):
         before.put_back()
         if not rank_distrib(): shutil.rmtree(folder, ignore_errors=True)
 
+# %% ../nbs/01_shortepoch.ipynb #5d000309
 def _folder():
     "A new folder, the same for all processes"
     spread = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -460,9 +470,11 @@ class _Before:
         self.seen[id(o)] = o # an object that is gone would leave its id to another
         return is_new
 
+# %% ../nbs/01_shortepoch.ipynb #5d000310
 def _is_known(o):
     "Is it, or is it derived from, a callback or metric of fastai's or ours?"
-    return any(c.__module__.partition('.')[0] in ('fastai', 'fastcb_training') and c.__name__ not in _bases for c in type(o).__mro__)
+    return any(c.__module__.partition('.')[0] in ('fastai', 'fastcb_training') and c.__name__ not in _bases
+               for c in type(o).__mro__)
 
 _bases = 'Callback','FitCallback','Metric'
 
@@ -491,6 +503,7 @@ def contents(self:_Before, o):
         (o.extend if isinstance(o, list) else o.update)(before)
     self.undo.append(undo)
 
+# %% ../nbs/01_shortepoch.ipynb #5d000311
 @patch
 def deep(self:_Before, o):
     "All that `o` is made of"
@@ -532,6 +545,7 @@ def storage(self:_Before, o):
     self.stored.add(o.data_ptr())
     self.undo.append(partial(o.copy_, o.cpu() if o.is_cuda else o.clone()))
 
+# %% ../nbs/01_shortepoch.ipynb #5d000312
 @patch
 def loader(self:_Before, o):
     "Loaders and their random numbers; never the data"
@@ -553,7 +567,9 @@ def state(self:_Before, get, put): self.undo.append(partial(put, get()))
 @patch
 def numbers(self:_Before):
     "Random numbers, on all devices"
-    for o in (random.getstate, random.setstate),(np.random.get_state, np.random.set_state),(torch.get_rng_state, torch.set_rng_state): self.state(*o)
+    self.state(random.getstate, random.setstate)
+    self.state(np.random.get_state, np.random.set_state)
+    self.state(torch.get_rng_state, torch.set_rng_state)
     if torch.cuda.is_available(): self.state(torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all)
     if torch.backends.mps.is_available(): self.state(torch.mps.get_rng_state, torch.mps.set_rng_state)
 
@@ -561,7 +577,8 @@ def numbers(self:_Before):
 class _Aside(type(Path())):
     "A path in a folder aside, in the place of `original`"
     original = None
-    def __truediv__(self, other): return _aside(self.original/other, self.folder) if self.original else super().__truediv__(other)
+    def __truediv__(self, other):
+        return _aside(self.original/other, self.folder) if self.original else super().__truediv__(other)
     def joinpath(self, *others): return self/Path(*others)
     def iterdir(self):
         there = self.original.iterdir() if self.original and self.original.is_dir() else ()
@@ -579,6 +596,7 @@ class _Aside(type(Path())):
 
     touched = set()
 
+# %% ../nbs/01_shortepoch.ipynb #5d000313
 def _aside(path, folder):
     original = Path(os.path.abspath(path))
     if str(original).startswith(folder): return original # it is there already
