@@ -108,7 +108,7 @@ def first_batches(
     if given == n and isinstance(dl, DataLoader): dl.after_iter() # it would have come with the next one
 
 def _pass(dl):
-    "A pass over `dl` that leaves no iterator on it between two batches, where it could neither be pickled nor be kept from others"
+    "A pass over `dl` that leaves no iterator on it between two batches: it could not be pickled, and others replace it"
     owner,batches,it = _owner(dl),iter(dl),None
     while True:
         if it is not None: owner.it = it
@@ -187,16 +187,19 @@ def has_numbers(
     "Can `numbered_batches` load some of the batches of `dl`?"
     if hasattr(type(dl), 'numbered'): return not isinstance(dl, LoaderView) or has_numbers(dl.batches)
     if isinstance(dl, TorchLoader):
-        return type(dl).__iter__ is TorchLoader.__iter__ and not isinstance(dl.dataset, IterableDataset) and _has_length(dl)
+        own = type(dl).__iter__ is TorchLoader.__iter__
+        return own and not isinstance(dl.dataset, IterableDataset) and _has_length(dl)
     if not isinstance(dl, DataLoader) or type(dl).__iter__ is not DataLoader.__iter__: return False
     dl = _owner(dl)
-    own = all(getattr(type(dl), o) is getattr(DataLoader, o) and o not in vars(dl) for o in ('sample', 'chunkify', 'create_batches'))
+    methods = 'sample','chunkify','create_batches'
+    own = all(getattr(type(dl), o) is getattr(DataLoader, o) and o not in vars(dl) for o in methods)
     return bool(own and dl.indexed and dl.n is not None)
 
 def _has_length(dl):
     try: return len(dl) >= 0
     except TypeError: return False
 
+# %% ../nbs/00_core.ipynb #5b0e1c11
 def numbered_batches(
     dl, # A loader of fastai's or PyTorch's, or a view of one
     numbers:Iterable, # Numbers of batches in a pass over `dl`, rising
@@ -216,6 +219,7 @@ def picked_batches(
     yield from whole.load(pick(whole.batches))
     whole.end()
 
+# %% ../nbs/00_core.ipynb #5b0e1c12
 class ExactBatches:
     "An iterator of `batches`, of which there are `n`"
     is_exact = True
