@@ -1,16 +1,23 @@
 """Will my run finish? Fit a part of each epoch, with everything that a whole epoch has
 
-A *smoke test* runs a whole training on few batches, so that a fault of its last minute shows in seconds.
-fastai's callback cancels the epoch: the row of losses stays empty ([fastai#3126](https://github.com/fastai/fastai/issues/3126)), savers
-fail ([fastai#3780](https://github.com/fastai/fastai/issues/3780)). Here each phase gets a view of its loader that is shorter:
+A *smoke test* runs your whole training on a few batches, so that a bug in its last minute shows up in seconds.
+fastai's callback cancels the epoch: the row of losses stays empty ([fastai#3126](https://github.com/fastai/fastai/issues/3126)) and savers
+fail ([fastai#3780](https://github.com/fastai/fastai/issues/3780)). Here each phase gets a shorter view of its loader.
 
 1. **Exactly the batches asked for**: `ceil(pct × n)` of `n`, without rounding errors, or `min(n_batches, n)`. `short_valid` shortens
-   validation by the same rule, counted on its own loader.
-2. **A whole epoch to everyone else**: all is recorded, nothing cancelled; schedules run their whole course; savers, stoppers and plots work.
+   validation by the same rule, counted on its own loader; `n_valid` sets it apart.
+2. **A whole epoch to everyone else**: every batch is recorded, nothing is cancelled, schedules run their whole course, bars end at 100 %,
+   the loader's `after_iter` runs; savers, stoppers and plots work.
 3. **Only `fit` is shortened.** `validate`, `get_preds`, `predict`, `tta` and `lr_find` see all their data, inside and after a fit. `dls`
    keeps its loaders.
-4. **`resume=True` goes on where the last epoch stopped**, so that `1/pct` epochs see all the data, then starts over.
-5. **Any number of workers and processes**, and no work that was not asked for.
+4. **A short validation is spread evenly over its set**: a set in the order of its folders shows all its classes, as far as there is room.
+   Where items can't be picked, it is evenly spread batches; where batches can't be asked for by number, the first ones.
+5. **`resume=True` goes on where the last epoch stopped**, so that `1/pct` epochs see all the data, then starts over; `n_batches` may be
+   more than the data has. `fit(start_epoch=k)` goes on where `k` epochs would have stopped.
+6. **Streams**: a loader without a length trains with `n_batches`. Never more than that is taken from any loader, whatever length it claims.
+7. **`overfit=True`** trains on the same batches in each epoch, and validates on them. **`dry_run=True`** leaves nothing behind: weights,
+   optimizer, recorder, random numbers, loaders and files are as before, however the fit ended.
+8. **Any number of workers and processes**, and no work that was not asked for.
 
 Docs: https://fastcb.github.io/fastcb_training/shortepoch.html.md"""
 
@@ -20,97 +27,579 @@ Docs: https://fastcb.github.io/fastcb_training/shortepoch.html.md"""
 __all__ = ['ShortEpochCallback']
 
 # %% ../nbs/01_shortepoch.ipynb #bdff14e5
+import os,random,shutil,torch
+from collections.abc import Mapping
+from contextlib import contextmanager, nullcontext
+from copy import copy
 from fractions import Fraction
+from functools import partial, wraps
+from inspect import signature
+from itertools import chain, islice
 from math import ceil
 from numbers import Integral, Real
+from pathlib import Path
+from tempfile import mkdtemp
 
+import numpy as np
+from fastai.callback.core import Callback
+from fastai.callback.rnn import ModelResetter
+from fastai.callback.schedule import LRFinder
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader, _FakeLoader
+from fastai.learner import Learner, Metric, SkipToEpoch
+from fastai.losses import BaseLoss
+from fastai.optimizer import _BaseOptimizer
+from fastai.torch_core import apply, distrib_barrier, rank_distrib
 from fastcore.basics import patch, store_attr
+from fastcore.foundation import L
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils.data import BatchSampler, DataLoader as TorchLoader, Sampler
 
-from .core import FitCallback, LoaderView, check
+from .core import (ExactBatches, FitCallback, LoaderView, NumberedPass, check, first_batches,
+                                  has_numbers, picked_batches)
 
-# %% ../nbs/01_shortepoch.ipynb #120c3c57
-class _ShortDL(LoaderView):
-    "A view of `dl` that ends after `n` of the `batches`"
-    def __iter__(self):
-        yield from super().__iter__()
-        if self.batches is self.dl or getattr(self.dl, 'indexed', False): _let_go(self.dl)
-
-# %% ../nbs/01_shortepoch.ipynb #671891fa
-def _let_go(dl):
-    "As fastai's `one_batch` does; `DistributedDL` has the loader in `dl`"
-    for o in dl,getattr(dl, 'dl', None): getattr(o, '__dict__', {}).pop('it', None)
+# %% ../nbs/01_shortepoch.ipynb #5d000002
+class _Default(float): "A number that nobody said"
+_one_percent = _Default(.01)
+_exclusive = (('pct', 'n_batches'), ('n_valid', 'short_valid=False'), ('overfit', 'resume'), ('overfit', 'n_valid'),
+              ('overfit', 'short_valid=False'))
 
 # %% ../nbs/01_shortepoch.ipynb #23887df4
 class ShortEpochCallback(FitCallback):
     "Fit `pct` of each epoch, as if it were a whole one"
     order = 12 # `DistributedTrainer` (11) has wrapped the loader, `ProgressCallback` (60) has not read its length
-    _data,_passes,_stateattrs = None,None,('_data','_passes')
+    _passes = _state = _same = _open = _memory = None
+    _stateattrs = '_passes','_state','_same','_open','_memory'
 
     def __init__(self,
-        pct:float=0.01, # Part of the batches, above 0 and at most 1, rounded up; 0.01 is 1 %
-        short_valid:bool=True, # Shorten validation by the same rule?
+        pct:float=_one_percent, # Part of the batches, above 0 and at most 1, rounded up; 0.01 is 1 %
+        short_valid:bool=True, # Shorten validation by the same rule? False: all of it
         *,
         n_batches:int=None, # Number of batches, 1 or more, instead of `pct`
-        resume:bool=False, # Go on in the training data where the last epoch stopped?
+        n_valid:int=None, # Number of validation batches, 1 or more; None: by the rule for training
+        resume:bool=False, # Continue in the training data where the last epoch stopped?
+        overfit:bool=False, # Train on the same batches in each epoch, and validate on them?
+        dry_run:bool=False, # Put everything back after the fit?
     ):
         store_attr()
         check('pct', pct, Real, 'a number above 0 and at most 1', lambda o: 0 < o <= 1)
-        if n_batches is not None: check('n_batches', n_batches, Integral, 'a whole number, 1 or more', lambda o: o >= 1)
-        for name in ('short_valid', 'resume'): check(name, getattr(self, name), bool, 'True or False')
+        for name,n in dict(n_batches=n_batches, n_valid=n_valid).items():
+            if n is not None: check(name, n, Integral, 'a whole number, 1 or more', lambda o: o >= 1)
+        for name in ('short_valid', 'resume', 'overfit', 'dry_run'): check(name, getattr(self, name), bool, 'True or False')
+        given = dict(vars(self), pct=pct is not _one_percent, **{'short_valid=False': not short_valid})
+        for a,b in _exclusive:
+            if given[a] and given[b]: raise ValueError(f'`{a}` and `{b}` exclude each other')
 
-    def start_fit(self): self._stop()
-    def end_fit(self): self._stop()
+# %% ../nbs/01_shortepoch.ipynb #5d000003
+@patch
+def start_fit(self:ShortEpochCallback): self._passes = self._same = self._open = self._memory = None
 
-    def before_train(self):
-        super().before_train()
-        if hasattr(self.learn, 'lr_finder'): return
-        check('dls.train', self.dl, object, 'a loader with at least one batch', _length)
-        self._shorten(self._go_on() if self.resume else self.dl)
+@patch
+def end_fit(self:ShortEpochCallback):
+    "Let the workers go at once, also those that an error's traceback still holds"
+    for o in self._open,self._passes:
+        if o: o.close()
+    self._passes = self._state = self._same = self._open = self._memory = None
 
-    def before_validate(self):
-        if self.short_valid and not self._looking: self._shorten(self.dl)
+@patch
+def after_fit(self:ShortEpochCallback):
+    if self._passes and not self._looking: self._passes.end()
+    FitCallback.after_fit(self)
 
 # %% ../nbs/01_shortepoch.ipynb #9e606712
 @patch
-def _shorten(self:ShortEpochCallback, batches):
-    n = self._n_short(len(self.dl))
-    if n < len(self.dl): self.learn.dl = _ShortDL(self.dl, n, batches)
+def before_train(self:ShortEpochCallback):
+    if self._finds_lr: return
+    self._begin()
+    n = self._n('dls.train', 'n_batches', self.n_batches, self.resume)
+    if n == 0:
+        if self.pct == 1 and self.n_batches is None: return
+        raise ValueError('`dls.train` has to be a loader with at least one batch')
+    if self.resume: self._show(n, self._resumed(n))
+    elif self.overfit: self._show(len(self._kept(n)), self._same)
+    else: self._show(n, self.dl)
+
+# %% ../nbs/01_shortepoch.ipynb #5d000301
+@patch
+def before_validate(self:ShortEpochCallback):
+    if self._looking or self._finds_lr: return
+    self._begin()
+    if self._same: return self._show(len(self._same), self._same, self._same.dl)
+    n = self._n('dls.valid', 'n_valid', self.n_valid or (self.n_batches if self.short_valid else None))
+    whole = n == 0 or n == _length(self.dl) or not has_numbers(self.dl)
+    if n: self._show(n, self.dl if whole else _Spread(self.dl, n))
+
+@patch(as_prop=True)
+def _finds_lr(self:ShortEpochCallback): return any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
+
+# %% ../nbs/01_shortepoch.ipynb #5d000005
+@patch
+def _n(self:ShortEpochCallback, name, arg, k, more=False):
+    "How many batches of `learn.dl` are fitted, `k` or a part; `more` than it has if it begins anew"
+    n = _length(self.dl)
+    if n is None and k is None:
+        raise TypeError(f'`{name}` has no length, so `{arg}` has to say how many batches to take')
+    if n is None or n and k and more: return k
+    if k: return min(k, n)
+    if arg == 'n_valid' and not self.short_valid: return n
+    pct = Fraction(str(self.pct)).limit_denominator(10**9) # what was meant: 7/100 for .07, 5/6 for 5/6
+    return ceil(pct*n) or min(n, 1)
 
 def _length(dl):
     try: return len(dl)
-    except TypeError as e: raise TypeError('`dls.train` has to be a loader with a length') from e
+    except TypeError: return None # a stream
 
+# %% ../nbs/01_shortepoch.ipynb #5d000302
 @patch
-def _n_short(self:ShortEpochCallback, n):
-    "How many of `n` batches are fitted"
-    if self.n_batches is not None: return min(self.n_batches, n)
-    pct = Fraction(str(self.pct)).limit_denominator(10**9) # what was meant: 7/100 for .07, 5/6 for 5/6
-    return max(1, ceil(pct*n))
+def _show(self:ShortEpochCallback, n, batches, dl=None):
+    self.learn.dl = _ShortView(self.dl if dl is None else dl, n, batches, self)
+
+class _ShortView(LoaderView):
+    "A view whose `cb` can close what it has opened"
+    def __init__(self, dl, n, batches, cb):
+        super().__init__(dl, n, batches)
+        self.cb = cb
+    def __iter__(self):
+        self.cb._open = super().__iter__()
+        return self.cb._open
+
+# %% ../nbs/01_shortepoch.ipynb #5d000007
+class _Spread:
+    "`n` batches of items that lie evenly in the set of `dl`, from its first to its last"
+    is_exact = True
+    def __init__(self, dl, n): store_attr()
+    def __len__(self): return self.n
+    def __iter__(self): return self.numbered(range(self.n))
+
+    def numbered(self, numbers):
+        numbers = list(numbers)
+        def pick(batches):
+            batches = self._pick(batches)
+            return [batches[i] for i in numbers]
+        return ExactBatches(len(numbers), picked_batches(self.dl, pick))
+
+    def _pick(self, batches):
+        if not _are_apart(self.dl): return _evenly(batches, self.n)
+        size = len(batches[0])
+        items = _evenly(list(chain(*batches)), self.n*size)
+        return [items[i:i+size] for i in range(0, len(items), size)]
+
+# %% ../nbs/01_shortepoch.ipynb #5d000303
+def _evenly(items, n): return [items[i*(len(items)-1)//max(n-1, 1)] for i in range(n)]
+
+def _are_apart(dl):
+    "May an item of `dl` be in any batch?"
+    if isinstance(dl, TorchLoader): return type(dl.batch_sampler) is BatchSampler
+    dl = vars(dl).get('dl', dl)
+    return type(dl).create_item is DataLoader.create_item and 'create_item' not in vars(dl)
 
 # %% ../nbs/01_shortepoch.ipynb #c2facb84
 class _Passes:
-    "The batches of `dl`, one pass after the other; a copy begins with a pass of its own"
-    def __init__(self, dl): self.dl,self.batches = dl,_endless(dl)
-    def __iter__(self): return self.batches
-    def __reduce__(self): return _Passes,(self.dl,)
+    "The batches of `dl`, one pass after the other, and the place in them"
+    def __init__(self, dl, new_pass):
+        store_attr()
+        self.now,self.at,self.coming,self.begun = None,0,[],[]
 
-def _endless(dl):
-    batch = ()
-    while batch is not None: # a loader that gives nothing would be asked for ever
-        batch = None
-        for batch in dl: yield batch
+    def take(self, n, skip=0):
+        "The next `n` batches, but for the first `skip` of them, which are not loaded if that can be"
+        given,empty = 0,False
+        while given < n:
+            if self.now is None:
+                if given: self.new_pass()
+                self._begin()
+            before = given
+            for b in self._rest(n-given, max(skip-given, 0)):
+                given += 1
+                if b is not _skipped: yield b
+            if given == before and empty: return # nothing in a whole pass: it would be asked for ever
+            empty = given == before
+
+    def _begin(self):
+        state = self.coming.pop(0) if self.coming else None
+        if has_numbers(self.dl): self.now = NumberedPass(self.dl, state)
+        else: self.now = first_batches(self.dl, _length(self.dl))
+        self.at = 0
+        self._note()
+
+    def _note(self): self.begun.append((self.now, self.at, getattr(self.now, 'seed', None)))
+
+# %% ../nbs/01_shortepoch.ipynb #5d000009
+@patch
+def _rest(self:_Passes, n, skip):
+    "At most `n` more batches of this pass"
+    if isinstance(self.now, NumberedPass): return self._numbered_rest(n, skip)
+    return self._stream_rest(n, skip)
+
+@patch
+def _numbered_rest(self:_Passes, n, skip):
+    whole,start = self.now.batches,self.at
+    some = whole[start:start+n]
+    skip = min(skip, len(some))
+    self.at += skip
+    yield from [_skipped]*skip
+    if skip < len(some):
+        for b in self.now.load(some[skip:]):
+            self.at += 1
+            yield b
+    self.at = start+len(some)
+    if self.at == len(whole): self.end()
+
+# %% ../nbs/01_shortepoch.ipynb #5d000304
+@patch
+def _stream_rest(self:_Passes, n, skip):
+    given = 0
+    for given,b in enumerate(islice(self.now, n), 1):
+        self.at += 1
+        yield _skipped if given <= skip else b
+    if given < n: self.now = None
+    elif self.at == _length(self.dl): # it ends here, which is only seen by asking on
+        next(self.now, None)
+        self.now = None
+
+_skipped = object()
+
+# %% ../nbs/01_shortepoch.ipynb #5d000010
+@patch
+def end(self:_Passes):
+    "The pass is over"
+    if isinstance(self.now, NumberedPass): self.now.end()
+    elif self.now is not None:
+        self.now.close()
+        if isinstance(self.dl, DataLoader): self.dl.after_iter()
+    self.now = None
+
+@patch
+def close(self:_Passes):
+    if hasattr(self.now, 'close'): self.now.close()
+    self.now = None
+
+@patch
+def __getstate__(self:_Passes): return vars(self) | dict(now=None, begun=[]) # a copy begins with a pass of its own
+
+@patch
+def mark(self:_Passes):
+    "An epoch begins here"
+    self.begun = []
+    if self.now is not None: self._note()
+
+# %% ../nbs/01_shortepoch.ipynb #5d000012
+@patch
+def state(self:_Passes):
+    if not has_numbers(self.dl): return dict(at=self.begun[0][1] if self.begun else 0)
+    passes = [(o.batches[at:], seed) for o,at,seed in self.begun]+self.coming
+    rng = getattr(vars(self.dl).get('dl', self.dl), 'rng', None)
+    return dict(passes=passes, rng=rng and rng.getstate(), within=bool(self.begun and self.begun[0][1]))
+
+@patch
+def load_state(self:_Passes, state):
+    "Go on at the mark of another process"
+    self.coming = state.get('passes', [])
+    if state.get('rng'):
+        vars(self.dl).get('dl', self.dl).rng = rng = random.Random()
+        rng.setstate(state['rng'])
+    if state.get('within'): # the pass goes on
+        self._begin()
+        self.mark()
+    for _ in self.take(state.get('at', 0)): pass # of a stream
 
 # %% ../nbs/01_shortepoch.ipynb #93605a77
 @patch
-def _go_on(self:ShortEpochCallback):
-    "The batches from where the last epoch stopped, unless somebody has replaced the loader"
-    if self._data is not self.dls.train: self._data,self._passes = self.dls.train,_Passes(self.dl)
-    return self._passes
+def _resumed(self:ShortEpochCallback, n):
+    "The batches from where the last epoch stopped, unless the loader has been replaced"
+    if self._passes is None or self._passes.data is not self.dls.train: self._begin_passes(n)
+    self._passes.mark()
+    self._remember()
+    return _Part(self._passes, n)
+
+# %% ../nbs/01_shortepoch.ipynb #5d000305
+@patch
+def _begin_passes(self:ShortEpochCallback, n):
+    if self._passes: self._passes.close()
+    self._passes = _Passes(self.dl, self._new_pass)
+    self._passes.data = self.dls.train
+    state,self._state = self._state,None
+    if state: self._passes.load_state(state)
+    else: # `fit(start_epoch=k)` skips `k` epochs
+        k = sum(cb._skip_to for cb in self.learn.cbs if isinstance(cb, SkipToEpoch))
+        for _ in self._passes.take(k*n, skip=k*n): pass
+
+# %% ../nbs/01_shortepoch.ipynb #5d000306
+class _Part:
+    "The next `n` batches of `passes`"
+    is_exact = True
+    def __init__(self, passes, n): store_attr()
+    def __len__(self): return self.n
+    def __iter__(self): return self.passes.take(self.n)
+    def numbered(self, numbers):
+        numbers = list(numbers)
+        check('numbers', numbers, list, 'the last ones of the part', lambda o: o == [*range(self.n)][self.n-len(o):])
+        return ExactBatches(len(numbers), self.passes.take(self.n, self.n-len(numbers)))
+
+# %% ../nbs/01_shortepoch.ipynb #5d000014
+@patch
+def after_train(self:ShortEpochCallback):
+    if self._passes and self._resets: self._memory = _memory(self.learn.model)
 
 @patch
-def _stop(self:ShortEpochCallback):
-    "Let the workers go"
-    if self._passes:
-        self._passes.batches.close()
-        _let_go(self._passes.dl)
-    self._data = self._passes = None
+def after_epoch(self:ShortEpochCallback):
+    if self._passes: self._passes.mark() # what is saved from here on goes on here
+
+@patch
+def _remember(self:ShortEpochCallback):
+    if self._memory and self._passes.now is not None: _set_memory(self.learn.model, self._memory)
+
+@patch
+def _new_pass(self:ShortEpochCallback):
+    if self._resets: self.learn.model.reset()
+
+@patch(as_prop=True)
+def _resets(self:ShortEpochCallback): return any(isinstance(cb, ModelResetter) for cb in self.learn.cbs)
+
+# %% ../nbs/01_shortepoch.ipynb #5d000307
+def _memory(model):
+    "The tensors that the parts of `model` with a `reset` hold, apart from parameters"
+    parts = {n: m for n,m in model.named_modules() if callable(getattr(m, 'reset', None))}
+    return {n: ({k: _copied(v) for k,v in vars(m).items() if _has_tensors(v)}, {k: _copied(v) for k,v in m._buffers.items()})
+            for n,m in parts.items()}
+
+def _set_memory(model, memory):
+    parts = dict(model.named_modules())
+    for n,(attrs,buffers) in memory.items():
+        vars(parts[n]).update(_copied(attrs))
+        for k,v in buffers.items():
+            if v is not None: parts[n]._buffers[k].copy_(v)
+
+def _has_tensors(o): return isinstance(o, Tensor) or isinstance(o, (list, tuple, L)) and any(map(_has_tensors, o))
+def _copied(b): return apply(lambda o: o.detach().clone() if isinstance(o, Tensor) else o, b)
+
+# %% ../nbs/01_shortepoch.ipynb #5d000016
+class _Same:
+    "The batches that `dl` has given once"
+    is_exact = True
+    def __init__(self, dl, batches): store_attr()
+    def __len__(self): return len(self.batches)
+    def __iter__(self): return map(_copied, self.batches)
+    def numbered(self, numbers):
+        some = [self.batches[i] for i in numbers]
+        return ExactBatches(len(some), map(_copied, some))
+
+@patch
+def _kept(self:ShortEpochCallback, n):
+    if self._same is None:
+        state,self._state = self._state,None
+        self._same = _Same(self.dl, state or list(first_batches(self.dl, n)))
+    return self._same
+
+# %% ../nbs/01_shortepoch.ipynb #5d000017
+@patch
+def state_dict(self:ShortEpochCallback):
+    "What it takes to see the same batches in a fit that goes on in another process"
+    if self._passes: return dict(passes=self._passes.state(), memory=self._memory)
+    return dict(same=self._same.batches) if self._same else {}
+
+@patch
+def load_state_dict(self:ShortEpochCallback, state): 
+    "Go on where the fit of another process stopped"
+    self._state,self._memory = state.get('passes') or state.get('same'),state.get('memory')
+
+# %% ../nbs/01_shortepoch.ipynb #5d000021
+def _dry(f):
+    "`f`, a method of the Learner that fits, which leaves nothing behind if a callback says so"
+    @wraps(f)
+    def _inner(self, *args, **kwargs):
+        call = signature(f).bind(self, *args, **kwargs)
+        given = call.arguments if 'cbs' in call.arguments else call.arguments.get('kwargs', {})
+        if given.get('cbs') is None: cbs = L()
+        else: cbs = given['cbs'] = L(given['cbs'])
+        dry = any(map(_is_dry, cbs+self.cbs)) and not any(map(_finds_lr, cbs))
+        inside = isinstance(self.path, _Aside) # a dry run
+        with _nothing_left(self, cbs) if dry and not inside else nullcontext(): return f(*call.args, **call.kwargs)
+    return _inner
+
+# %% ../nbs/01_shortepoch.ipynb #5d000308
+def _is_dry(cb): return isinstance(cb, ShortEpochCallback) and cb.dry_run
+def _finds_lr(cb): return cb is LRFinder or isinstance(cb, LRFinder)
+
+for _name in 'fit', 'fit_one_cycle', 'fit_flat_cos', 'fit_sgdr', 'fine_tune':
+    setattr(Learner, _name, _dry(getattr(Learner, _name)))
+
+# %% ../nbs/01_shortepoch.ipynb #5d000022
+@contextmanager
+def _nothing_left(learn, cbs):
+    before,folder = _Before(learn, cbs),_folder()
+    try:
+        learn.path = _aside(learn.path, folder)
+        for cb in cbs+learn.cbs: # TensorBoard's
+            if isinstance(cb, Callback) and 'log_dir' in vars(cb): cb.log_dir = os.fspath(_aside(cb.log_dir or 'runs', folder))
+        yield
+        distrib_barrier() # the others may still read
+    finally:
+        before.put_back()
+        if not rank_distrib(): shutil.rmtree(folder, ignore_errors=True)
+
+# %% ../nbs/01_shortepoch.ipynb #5d000309
+def _folder():
+    "A new folder, the same for all processes"
+    spread = torch.distributed.is_available() and torch.distributed.is_initialized()
+    names = [None if spread and rank_distrib() else mkdtemp()]
+    if spread: torch.distributed.broadcast_object_list(names)
+    return names[0]
+
+# %% ../nbs/01_shortepoch.ipynb #5d000024
+class _Before:
+    "What a Learner is made of, to be put back"
+    def __init__(self, learn, cbs):
+        self.seen,self.walked,self.stored,self.undo = {},set(),set(),[]
+        self.attrs(learn)
+        self.contents(learn.cbs)
+        for o in learn.model,learn.loss_func,learn.opt,learn.opt_func: self.deep(o)
+        for cb in cbs+learn.cbs:
+            if _is_known(cb): self.attrs(cb)
+        for o in learn.metrics:
+            if _is_known(o): self.attrs(o)
+        self.loader(learn.dls)
+        self.numbers()
+
+    def put_back(self):
+        for f in reversed(self.undo): f()
+
+    def new(self, o):
+        "Has `o` not been seen yet?"
+        is_new = id(o) not in self.seen
+        self.seen[id(o)] = o # an object that is gone would leave its id to another
+        return is_new
+
+# %% ../nbs/01_shortepoch.ipynb #5d000310
+def _is_known(o):
+    "Is it, or is it derived from, a callback or metric of fastai's or ours?"
+    return any(c.__module__.partition('.')[0] in ('fastai', 'fastcb_training') and c.__name__ not in _bases
+               for c in type(o).__mro__)
+
+_bases = 'Callback','FitCallback','Metric'
+
+# %% ../nbs/01_shortepoch.ipynb #5d000025
+@patch
+def attrs(self:_Before, o):
+    "The attributes of `o`, and the items of those that are containers"
+    if not self.new(o): return
+    before = dict(vars(o))
+    def undo():
+        vars(o).clear()
+        vars(o).update(before)
+    self.undo.append(undo)
+    for v in before.values():
+        if isinstance(v, (dict, list, set, L)): self.contents(v)
+        elif isinstance(v, Metric): self.attrs(v) # the Recorder's losses
+
+@patch
+def contents(self:_Before, o):
+    "The items of a container"
+    if isinstance(o, L): o = o.items
+    if not isinstance(o, (dict, list, set)) or not self.new(o): return
+    before = copy(o)
+    def undo():
+        o.clear()
+        (o.extend if isinstance(o, list) else o.update)(before)
+    self.undo.append(undo)
+
+# %% ../nbs/01_shortepoch.ipynb #5d000311
+@patch
+def deep(self:_Before, o):
+    "All that `o` is made of"
+    if isinstance(o, Tensor): return self.tensor(o)
+    if isinstance(o, (nn.Module, _BaseOptimizer, torch.optim.Optimizer, BaseLoss)):
+        if id(o) in self.seen: return
+        self.attrs(o)
+        parts = [*vars(o).values()]
+        if isinstance(o, nn.Module): parts += [*o.parameters(), *o.buffers()] # those of a script are no attributes
+    elif isinstance(o, (Mapping, list, tuple, set, L)):
+        if isinstance(o, tuple): parts = o
+        else:
+            if id(o) in self.walked: return
+            self.walked.add(id(o))
+            self.contents(o)
+            parts = list(o.values()) if isinstance(o, Mapping) else list(o)
+    else: return
+    for part in parts: self.deep(part)
+
+# %% ../nbs/01_shortepoch.ipynb #5d000026
+@patch
+def tensor(self:_Before, o):
+    "A tensor's values, gradient and place"
+    if is_lazy(o) or not self.new(o): return
+    data,grad,requires = o.data,o.grad if o.is_leaf else None,o.requires_grad
+    self.storage(data.untyped_storage())
+    if grad is not None: self.tensor(grad)
+    def undo():
+        if o.is_leaf:
+            o.grad,o.data = None,data
+            o.requires_grad_(requires)
+            o.grad = grad
+    self.undo.append(undo)
+
+@patch
+def storage(self:_Before, o):
+    "The bytes of tensors, which may share them"
+    if o.data_ptr() in self.stored: return
+    self.stored.add(o.data_ptr())
+    self.undo.append(partial(o.copy_, o.cpu() if o.is_cuda else o.clone()))
+
+# %% ../nbs/01_shortepoch.ipynb #5d000312
+@patch
+def loader(self:_Before, o):
+    "Loaders and their random numbers; never the data"
+    if isinstance(o, (DataLoaders, DataLoader, TorchLoader, Sampler, _FakeLoader)):
+        if not self.new(o): return
+        before = dict(vars(o))
+        self.undo.append(lambda: (vars(o).clear(), vars(o).update(before)))
+        for name,v in before.items():
+            if name != 'dataset': self.loader(v)
+    elif isinstance(o, (list, L)) and all(isinstance(v, (DataLoader, TorchLoader)) for v in o):
+        self.contents(o)
+        for v in o: self.loader(v)
+    elif isinstance(o, random.Random): self.state(o.getstate, o.setstate)
+    elif isinstance(o, torch.Generator): self.state(o.get_state, o.set_state)
+
+@patch
+def state(self:_Before, get, put): self.undo.append(partial(put, get()))
+
+@patch
+def numbers(self:_Before):
+    "Random numbers, on all devices"
+    self.state(random.getstate, random.setstate)
+    self.state(np.random.get_state, np.random.set_state)
+    self.state(torch.get_rng_state, torch.set_rng_state)
+    if torch.cuda.is_available(): self.state(torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all)
+    if torch.backends.mps.is_available(): self.state(torch.mps.get_rng_state, torch.mps.set_rng_state)
+
+# %% ../nbs/01_shortepoch.ipynb #5d000028
+class _Aside(type(Path())):
+    "A path in a folder aside, in the place of `original`"
+    original = None
+    def __truediv__(self, other):
+        return _aside(self.original/other, self.folder) if self.original else super().__truediv__(other)
+    def joinpath(self, *others): return self/Path(*others)
+    def iterdir(self):
+        there = self.original.iterdir() if self.original and self.original.is_dir() else ()
+        return (self/n for n in sorted({o.name for o in chain(there, super(_Aside, self).iterdir())}))
+    def __reduce__(self): return Path,(str(self),)
+
+    def __fspath__(self):
+        here,there = str(self),self.original
+        if there and not os.path.lexists(here) and here not in self.touched:
+            self.touched.add(here)
+            if there.parent.is_dir(): os.makedirs(os.path.dirname(here), exist_ok=True)
+            if there.is_dir(): os.mkdir(here)
+            elif there.is_file(): shutil.copy2(there, here)
+        return here
+
+    touched = set()
+
+# %% ../nbs/01_shortepoch.ipynb #5d000313
+def _aside(path, folder):
+    original = Path(os.path.abspath(path))
+    if str(original).startswith(folder): return original # it is there already
+    res = _Aside(os.path.join(folder, original.relative_to(original.anchor)))
+    res.original,res.folder = original,folder
+    return res

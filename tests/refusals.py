@@ -24,7 +24,8 @@ refusals = {
         'pct': {ValueError: [*not_above_0, 1.0001, 2, inf, int64(2), Fraction(3, 2)], TypeError: no_numbers},
         'short_valid': no_bools,
         'n_batches': {ValueError: [0, -1, int64(0)], TypeError: no_counts},
-        'resume': no_bools},
+        'n_valid': {ValueError: [0, -1, int64(0)], TypeError: no_counts},
+        'resume': no_bools, 'overfit': no_bools, 'dry_run': no_bools},
     'GradientAccumulation': {
         'n_acc': {ValueError: [*not_above_0, inf],
                   TypeError: [None, True, False, '', '32', b'1', [], [32], {}, 1j, Decimal(32), array([32]), tensor([16, 32])]},

@@ -107,7 +107,7 @@ def check(learn, fit, course, finds):
     short,held = fit.cbs.get(ShortEpochCallback),fit.cbs.get(BnFreeze)
     if finds: short = None
     n,n_valid = map(len, learn.dls)
-    k,k_valid = n_short(short, n),n_short(short if short and short.short_valid else None, n_valid)
+    k,k_valid = n_short(short, n, short and short.resume),n_short(short if short and short.short_valid else None, n_valid)
     # Rows and losses
     n_epoch = len(fit.rows)
     if not finds:
@@ -127,9 +127,10 @@ def check(learn, fit, course, finds):
     held = set() if not held else fit.frozen if held.only_frozen else names
     assert {o for o in names if fit.before[o] != fit.after[o]} == names-held
 
-def n_short(cb, n):
+def n_short(cb, n, more=False):
     if not cb: return n
-    return ceil(Fraction(str(cb.pct))*n) if cb.n_batches is None else min(cb.n_batches, n)
+    if cb.n_batches is None: return ceil(Fraction(str(cb.pct))*n)
+    return cb.n_batches if more else min(cb.n_batches, n)
 
 def check_items(learn, batches, length):
     "Passes of so many batches: none has an item twice, and where nobody shuffles, each begins from the first item"
