@@ -141,6 +141,7 @@ class _Held:
     def __init__(self, m):
         self.m,self.mode,self.holders = m,getattr(m, 'training', False),0
         self.ours = dict(train=self, __getstate__=partial(_Held.state, self))
+        if hasattr(type(m), '__deepcopy__'): self.ours['__deepcopy__'] = partial(_Held.copy, self)
         if hasattr(type(m), 'reset_running_stats'): self.ours['reset_running_stats'] = noop
         self.theirs = {k: vars(m)[k] for k in self.ours if k in vars(m)}
         if self.mode: set_mode(m, False)
@@ -160,13 +161,25 @@ class _Held:
         self.put_on()
         return self.m
 
-    def state(self):
-        "What a copy takes over: the module as it would be"
-        self.take_off()
-        try: return {**self.m.__getstate__(), 'training': self.mode}
-        finally: self.put_on()
+# %% ../nbs/00_core.ipynb #new4b
+@patch
+def state(self:_Held):
+    "For `copy` and `pickle`: the module as it would be"
+    self.take_off()
+    try: return {**self.m.__getstate__(), 'training': self.mode}
+    finally: self.put_on()
 
-    def __reduce__(self): return bool, () # some modules copy all their attributes, and then drop this one
+@patch
+def copy(self:_Held, memo):
+    "For `deepcopy` of a module that has its own way"
+    self.take_off()
+    try: copied = self.m.__deepcopy__(memo)
+    finally: self.put_on()
+    if self.mode: set_mode(copied, True)
+    return copied
+
+@patch
+def __reduce__(self:_Held): return bool, () # where a module pickles all its attributes, and then drops this one
 
 # %% ../nbs/00_core.ipynb #new5
 def hold(
