@@ -103,6 +103,7 @@ class _FirstThenLast:
 class BnFreeze(FitCallback):
     "Hold the frozen part of a model through a fit, bit for bit"
     order = _FirstThenLast()
+    _held = _moving = _was = _frozen = _trained = () # outside of a fit
     _stateattrs = '_in_fit','_model','_held','_moving','_was','_frozen','_trained' # a copy is in no fit
 
     def __init__(self,
@@ -199,9 +200,9 @@ def before_batch(self:BnFreeze):
 @patch
 def before_step(self:BnFreeze):
     if self._changed(): self._look() # frozen since the forward pass
+    elif self._was: self._put_back()
     self._drop_grads()
     if isinstance(self.learn.opt, Lookahead): _follow(self.learn.opt)
-    if self._was: self._put_back()
 
 # %% ../nbs/06_bnfreeze.ipynb #bnf00032
 @patch
@@ -235,7 +236,7 @@ def _put_back(self:BnFreeze):
     for m,k,was in moved.values():
         if m._buffers[k].shape == was.shape: m._buffers[k].copy_(was)
         else: setattr(m, k, was.clone())
-    if moved.keys()-self._moving.keys(): self._warn_moved(moved, all(m in self._held for m,_,_ in moved.values()))
+    if moved.keys()-self._moving.keys(): self._warn_moved(moved)
     self._was = self._moving = self._moving | moved
 
 # %% ../nbs/06_bnfreeze.ipynb #aa6c061c
@@ -248,7 +249,8 @@ def _warn_forgotten(self:BnFreeze):
                          f'statistics go on. Make the Learner with `train_bn=False` to freeze {"them" if n > 1 else "it"} too.')
 
 @patch
-def _warn_moved(self:BnFreeze, names, held):
-    shown = ', '.join(f'`{o}`' for o in [*names][:5]) + ', ...'*(len(names) > 5)
+def _warn_moved(self:BnFreeze, moved):
+    held = all(m in self._held or type(m) is nn.Module for m,_,_ in moved.values())
+    shown = ', '.join(f'`{o}`' for o in [*moved][:5]) + ', ...'*(len(moved) > 5)
     self.warn_once(f'Nothing trains in the frozen part, but {shown} moved. `BnFreeze` puts back the value at each step. '
                    + ('The forward pass does not heed eval mode.' if held else 'With `all_layers=True` it may keep still.'))
