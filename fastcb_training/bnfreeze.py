@@ -11,7 +11,7 @@ goes on. fastai's `BnFreeze` holds some batchnorm layers, until anything calls `
    layer with a `running_...` buffer, those inside a scripted or extracted body, and the module itself. `use_eval=False` puts the
    same layers back in training mode.
 3. **`BnFreeze` holds those layers bit for bit through a fit** (mean, variance, batch counter), whoever calls `model.train()` at
-   whatever moment, also to run the model between batches. Any other buffer of the frozen part that moves is put back and named in a
+   whatever moment, also to run the model between batches. Any other buffer of the frozen part that moves in a batch is put back and named in a
    warning. Layers that train keep on. Nothing about the optimizer or the keys of `state_dict` changes.
 4. **A frozen parameter keeps its value**, whatever its gradient or the optimizer's state still holds from a time when it was trained.
 5. **What is frozen is looked at when a fit begins and whenever it has changed since**, in mid-epoch too.
@@ -138,6 +138,7 @@ def before_fit(self:BnFreeze):
 def start_fit(self:BnFreeze):
     self._held,self._moving,self._was = {},{},{}
     self._look_anew()
+    self._was = {} # weights may be loaded before the first batch
 
 @patch
 def before_train(self:BnFreeze):
@@ -220,10 +221,11 @@ def _follow(opt):
 def _note_buffers(self:BnFreeze, modules):
     "Note the values that are to stay; of batchnorm layers that are held that is known"
     def known(m): return m in self._held and getattr(type(m), 'forward', None) is _BatchNorm.forward
-    self._was = {f'{name}.{k}': self._moving.get(f'{name}.{k}') or (m, k, b.clone())
-                 for name,m in modules.items() if m._buffers and not known(m)
-                 for k,b in m._buffers.items() if b is not None and not is_lazy(b)}
-    self._moving = {name: o for name,o in self._moving.items() if name in self._was}
+    def noted(name): return self._was.get(name, (None,))
+    found = {f'{name}.{k}': (m, k, b) for name,m in modules.items() if m._buffers and not known(m)
+             for k,b in m._buffers.items() if b is not None and not is_lazy(b)}
+    self._was = {name: noted(name) if noted(name)[0] is m else (m, k, b.clone()) for name,(m,k,b) in found.items()}
+    self._moving = {name: o for name,o in self._moving.items() if self._was.get(name) is o}
 
 def _same(a, b):
     return torch.equal(a, b) or (a.shape == b.shape and a.is_floating_point() and a.isclose(b, 0, 0, equal_nan=True).all())
