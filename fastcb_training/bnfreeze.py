@@ -228,7 +228,8 @@ def _note_buffers(self:BnFreeze, modules):
     self._moving = {name: o for name,o in self._moving.items() if self._was.get(name) is o}
 
 def _same(a, b):
-    return torch.equal(a, b) or (a.shape == b.shape and a.is_floating_point() and a.isclose(b, 0, 0, equal_nan=True).all())
+    if a.shape != b.shape or not a.is_floating_point(): return torch.equal(a, b)
+    return bool(a.isclose(b, 0, 0, equal_nan=True).all())
 
 @patch
 @torch.no_grad()
@@ -247,12 +248,14 @@ def _warn_forgotten(self:BnFreeze):
     if not (self.only_frozen and self._frozen and self.learn.train_bn): return
     (_,frozen),(_,but_for_norms) = self._modules(),self._modules(but=(*bn_types, *norm_types))
     n = len(_bn_layers(but_for_norms).keys() - frozen)
-    if n: self.warn_once(f'{n} batchnorm layer{"s"*(n > 1)} of the frozen part train{"s"*(n == 1)}, so `BnFreeze` lets the '
-                         f'statistics go on. Make the Learner with `train_bn=False` to freeze {"them" if n > 1 else "it"} too.')
+    layers,them = ('layer of the frozen part trains', 'it') if n == 1 else ('layers of the frozen part train', 'them')
+    if n: self.warn_once(f'{n} batchnorm {layers}, so `BnFreeze` lets the statistics go on. '
+                         f'Make the Learner with `train_bn=False` to freeze {them} too.')
 
 @patch
 def _warn_moved(self:BnFreeze, moved):
     held = all(m in self._held or type(m) is nn.Module for m,_,_ in moved.values())
     shown = ', '.join(f'`{o}`' for o in [*moved][:5]) + ', ...'*(len(moved) > 5)
-    self.warn_once(f'Nothing trains in the frozen part, but {shown} moved. `BnFreeze` puts back the value at each step. '
+    self.warn_once(f'Nothing trains in the frozen part, but {shown} moved. '
+                   '`BnFreeze` puts back the value at each step. '
                    + ('The forward pass does not heed eval mode.' if held else 'With `all_layers=True` it may keep still.'))

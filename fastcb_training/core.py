@@ -40,10 +40,7 @@ class FitCallback(Callback):
         "Is a `validate` or `get_preds` running, perhaps in the middle of a fit?"
         return self.learn.lock.locked()
 
-    @property
-    def training(self):
-        "fastai asks for it at most events; found here, not through `GetAttr`, it costs little"
-        return self.learn.training
+    training = property(lambda self: self.learn.training) # which fastai asks for; `GetAttr` is slow
 
     def before_train(self): self._begin()
 
