@@ -1,17 +1,23 @@
-"""Several heads, one frozen body: hold its batchnorm statistics, to the last bit
+"""Several heads, one frozen body: batchnorm statistics, weights and all, held to the last bit
 
-A body that was trained once can carry many heads, if it stays the same. `Learner.freeze()` holds its parameters, but a batchnorm layer goes
-on learning the statistics of what it sees. fastai's `BnFreeze` misses `SyncBatchNorm`, fails for a layer without parameters, is undone by any
-`model.train()`, and does nothing, in silence, if `train_bn=False` was forgotten. Here:
+A body that was trained once can carry many heads, if it stays the same. `Learner.freeze()` does not see to that: batchnorm layers
+go on learning running statistics, weight decay and momentum go on moving weights that were trained in the same process, and dropout
+goes on. fastai's `BnFreeze` holds some batchnorm layers, until anything calls `model.train()`. Here frozen is frozen:
 
 1. **Frozen is a batchnorm layer none of whose own parameters can be trained.** One without parameters (`affine=False`) goes with the
-   nearest enclosing module that has some. `only_frozen=False` takes every batchnorm layer, trainable or not.
-2. **All kinds, at any depth**: `BatchNorm1d/2d/3d`, `SyncBatchNorm`, the lazy ones, and the module itself. `use_eval=False` puts the same
-   layers back in training mode.
-3. **`BnFreeze` holds the statistics bit for bit through a fit** (mean, variance, batch counter), also when someone calls `model.train()` in
-   the middle. Layers that train keep on. Nothing about parameters, optimizer or `state_dict` keys changes.
-4. **It warns, once a fit, where part of the model is frozen and no batchnorm layer is**, and says `train_bn=False`, which is what was
-   forgotten.
+   nearest enclosing module that has some. `only_frozen=False` takes every batchnorm layer, trainable or not, and `part`, a function
+   of the model, says to which part of it all this applies.
+2. **All kinds, at any depth**: `BatchNorm1d/2d/3d`, `SyncBatchNorm`, the lazy ones, `InstanceNorm` that keeps statistics, any other
+   layer with a `running_...` buffer, those inside a scripted or extracted body, and the module itself. `use_eval=False` puts the
+   same layers back in training mode.
+3. **`BnFreeze` holds those layers bit for bit through a fit** (mean, variance, batch counter), whoever calls `model.train()` at
+   whatever moment, also to run the model between batches. Any other buffer of the frozen part that moves in a batch is put back and named in a
+   warning. Layers that train keep on. Nothing about the optimizer or the keys of `state_dict` changes.
+4. **A frozen parameter keeps its value**, whatever its gradient or the optimizer's state still holds from a time when it was trained.
+5. **What is frozen is looked at when a fit begins and whenever it has changed since**, in mid-epoch too.
+6. **`all_layers=True` puts every frozen part in eval mode whole**: no dropout, no drop path, no power iteration of a spectral norm.
+   Then the body gives in training what it gives in service.
+7. **It warns, once a fit, where batchnorm layers train in a frozen part**, and says `train_bn=False`, which is what was forgotten.
 
 Docs: https://fastcb.github.io/fastcb_training/bnfreeze.html.md"""
 
@@ -22,118 +28,234 @@ __all__ = ['bn_types', 'frozen_bn', 'set_bn_eval', 'BnFreeze']
 
 # %% ../nbs/06_bnfreeze.ipynb #6f14f16e
 from collections.abc import Callable
-from functools import cache, partial
 from math import inf
+from operator import attrgetter
 
+import torch
+from fastai.optimizer import Lookahead
+from fastai.torch_core import get_model, norm_types
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fastcore.imports import noop
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.parameter import is_lazy
 
-from .core import FitCallback, check
+from .core import FitCallback, check, hold, let_go, set_mode
 
 # %% ../nbs/06_bnfreeze.ipynb #aff46447
-bn_types = (_BatchNorm,)
+bn_types = (_NormBase,)
 
 # %% ../nbs/06_bnfreeze.ipynb #534f8cfe
-def _is_frozen(modules):
-    "A function of a name in `modules`: is nothing trained in it, or in the nearest one around it with parameters?"
-    @cache
-    def _trained(name): # None if there is nothing to train
-        found = [p.requires_grad for p in modules[name].parameters()]
-        return any(found) if found else None
-    def _inner(name):
-        while name and _trained(name) is None: name = name.rpartition('.')[0]
-        return not _trained(name)
-    return _inner
+def _survey(m, but=()):
+    "The modules in `m` by name: all of them, and those in which nothing trains, parameters of types `but` aside"
+    modules,trains = {},{}
+    def walk(m, name):
+        if m in trains: return trains[m]
+        modules[name],trains[m] = m,None
+        found = [] if isinstance(m, but) else [p.requires_grad for p in m._parameters.values() if p is not None]
+        found += [walk(o, f'{name}.{k}' if name else k) for k,o in m._modules.items() if o is not None]
+        trains[m] = any(found) or (False if False in found else None)
+        return trains[m]
+    def trained(name):
+        while (res := trains[modules[name]]) is None and name: name = name.rpartition('.')[0]
+        return res
+    walk(m, '')
+    return modules,{name: o for name,o in modules.items() if trained(name) is False}
 
-def _bn_layers(m, only_frozen):
-    "The batchnorm layers in `m` that keep statistics, with their names"
-    modules = dict(m.named_modules())
-    layers = L((name,l) for name,l in modules.items() if isinstance(l, bn_types) and l.track_running_stats)
-    frozen = _is_frozen(modules)
-    return layers.filter(lambda o: frozen(o[0])) if only_frozen else layers
+# %% ../nbs/06_bnfreeze.ipynb #bnf00020
+def _keeps(m): return any(name.startswith('running_') and b is not None for name,b in m._buffers.items())
+
+def _bn_layers(modules):
+    "Those of `modules` that keep running statistics"
+    def runner(name): # extraction leaves bare modules behind, and their code in the one around them
+        while name and type(modules.get(name)) is nn.Module: name = name.rpartition('.')[0]
+        return name
+    names = dict.fromkeys(runner(name) for name,m in modules.items() if _keeps(m))
+    return {name: modules[name] for name in names if name in modules}
 
 # %% ../nbs/06_bnfreeze.ipynb #978299a4
 def frozen_bn(
     m:nn.Module, # A model, or a part of one
 )->L: # Pairs of a layer's name and the layer
-    "The frozen batchnorm layers in `m`, which `set_bn_eval` sets and `BnFreeze` holds; `TypeError` for no module"
-    return _bn_layers(check('m', m, nn.Module, 'a module'), only_frozen=True)
+    "The frozen batchnorm layers in `m`, which `set_bn_eval` sets and `BnFreeze` holds"
+    return L(_bn_layers(_survey(check('m', m, nn.Module, 'a module'))[1]).items())
 
 # %% ../nbs/06_bnfreeze.ipynb #5f403c57
 def set_bn_eval(
     m:nn.Module, # A model, or a part of one; `m` itself counts
-    use_eval:bool=True, # Into eval mode, or back into training mode?
+    use_eval:bool=True, # True: eval mode; False: back to training mode
     *,
-    only_frozen:bool=True, # Leave the layers alone that can be trained?
+    only_frozen:bool=True, # Frozen layers only; False: every batchnorm layer
 )->None:
-    "Set the frozen batchnorm layers in `m` to eval mode, where their statistics stay; `TypeError` for a wrong type"
+    "Set the frozen batchnorm layers in `m` to eval mode, where their statistics stay"
     check('m', m, nn.Module, 'a module')
     check('use_eval', use_eval, bool, 'True or False')
-    check('only_frozen', only_frozen, bool, 'True or False')
-    for _,layer in _bn_layers(m, only_frozen): layer.train(not use_eval)
+    modules,frozen = _survey(m)
+    layers = _bn_layers(frozen if check('only_frozen', only_frozen, bool, 'True or False') else modules)
+    for o in layers.values(): set_mode(o, not use_eval)
+
+# %% ../nbs/06_bnfreeze.ipynb #bnf00023
+class _FirstThenLast:
+    "First when a fit begins, as others may run the model at once; then last, to see what the others did"
+    def __get__(self, cb, cls): return -inf if cb is not None and not cb._in_fit else inf
 
 # %% ../nbs/06_bnfreeze.ipynb #4962ac81
 class BnFreeze(FitCallback):
-    "Hold the running statistics of frozen batchnorm layers through a fit, bit for bit"
-    order = inf # the last word before the forward pass, whoever calls `model.train()`
-    _layers,_switched,_stateattrs = (),(),('_layers','_switched')
+    "Hold the frozen part of a model through a fit, bit for bit"
+    order = _FirstThenLast()
+    _held = _moving = _was = _frozen = _trained = () # outside of a fit
+    _stateattrs = '_in_fit','_model','_held','_moving','_was','_frozen','_trained' # a copy is in no fit
 
     def __init__(self,
         *,
-        only_frozen:bool=True, # Let the layers that can be trained learn their statistics?
-        **events, # Functions for fastai's events, such as `before_fit=...`; they come after what happens here
+        only_frozen:bool=True, # Hold frozen layers only; False: every batchnorm layer
+        all_layers:bool=False, # Hold layers of all kinds in eval mode, such as dropout, not batchnorm alone
+        part:Callable|None=None, # The part of the model to look at, such as `lambda m: m[0]`; None: the whole
+        **events, # Functions for fastai's events, such as `before_fit=...`; called after what happens here
     ):
         super().__init__()
         self.only_frozen = check('only_frozen', only_frozen, bool, 'True or False')
-        for event,f in events.items(): setattr(self, event, _and_then(self, event, f))
+        self.all_layers = check('all_layers', all_layers, bool, 'True or False')
+        self.part = check('part', part, Callable|None, 'a function of the model, or None', _no_module)
+        self._events = events
+        for event,f in events.items():
+            if event not in self._methods:
+                raise TypeError(f'`{event}` is none of the events of fastai, which are {", ".join(self._methods)}')
+            check(event, f, Callable, 'a function of the callback')
 
-    def end_fit(self): self._let_go()
+    def __call__(self, event):
+        super().__call__(event)
+        if event in self._events: self._events[event](self)
 
-    def before_train(self):
-        super().before_train()
-        self._find()
-        self._hold()
-
-    def before_batch(self): self._hold()
-
-    def _hold(self):
-        for layer in self._layers:
-            if layer.training:
-                layer.eval()
-                self._switched.add(layer)
+def _no_module(o): return not isinstance(o, nn.Module)
 
 # %% ../nbs/06_bnfreeze.ipynb #06982ba2
 @patch
-def _find(self:BnFreeze):
-    model = self.learn.model
-    layers = _bn_layers(model, self.only_frozen)
-    self._layers,self._switched = layers.itemgot(1),set()
-    if not layers: self._warn()
+def before_fit(self:BnFreeze):
+    if not self._looking: self._begin() # `before_train` would be late: what comes before it may run the model
 
 @patch
-def _let_go(self:BnFreeze):
-    "Leave the modes as fastai does: what was switched gets the mode of what is around it"
-    around = {child: m for m in self.learn.model.modules() for child in m.children()}
-    for layer in self._switched: layer.train(around.get(layer, self.learn).training)
-    self._layers = self._switched = ()
+def start_fit(self:BnFreeze):
+    self._held,self._moving,self._was = {},{},{}
+    self._look_anew()
+    self._was = {} # weights may be loaded before the first batch
 
-def _and_then(cb, event, f):
-    "What the class does at `event`, and then what the user wants"
-    if event not in cb._methods:
-        raise TypeError(f'`{event}` is none of the events of fastai, which are {", ".join(cb._methods)}')
-    return partial(_then, cb, event, check(event, f, Callable, 'a function of the callback'))
+@patch
+def before_train(self:BnFreeze):
+    self._begin()
+    self._look_anew() # the model may have been wrapped, and its layers replaced
+    self._warn_forgotten()
 
-def _then(cb, event, f):
-    getattr(type(cb), event, noop)(cb)
-    return f(cb)
+@patch
+def end_fit(self:BnFreeze):
+    self._put_back()
+    for o in self._held.values(): let_go(o)
+    for name in self._stateattrs[1:]: vars(self).pop(name, None)
+
+# %% ../nbs/06_bnfreeze.ipynb #bnf00028
+def _unwrapped(model):
+    "The model inside of what `distrib_ctx`, `torch.compile` and `DataParallel` make of it"
+    inner = getattr(get_model(model), '_orig_mod', get_model(model))
+    return model if inner is model else _unwrapped(inner)
+
+@patch
+def _modules(self:BnFreeze, but=()):
+    "The modules to look at by name: all of them, and the frozen ones"
+    found = _survey(self._model, but)
+    if not self.part: return found
+    part = check('part(model)', self.part(_unwrapped(self._model)), nn.Module, 'a module')
+    inside = set(part.modules())
+    return [{name: m for name,m in modules.items() if m in inside} for modules in found]
+
+@patch
+def _look_anew(self:BnFreeze):
+    self._model = self.learn.model # in a batch, another callback may have put something else there
+    self._look()
+
+@patch
+def _look(self:BnFreeze):
+    "Hold what is frozen now, and nothing else"
+    modules,frozen = self._modules()
+    layers = frozen if self.only_frozen else modules
+    if not self.all_layers: layers = _bn_layers(layers)
+    before,self._held = self._held,{m: self._held.pop(m, None) or hold(m) for m in layers.values()}
+    for o in before.values(): let_go(o)
+    params = [p for m in modules.values() for p in m._parameters.values() if p is not None]
+    self._frozen,self._trained = ([p for p in params if p.requires_grad == o] for o in (False, True))
+    self._drop_grads()
+    self._note_buffers(frozen | layers)
+
+# %% ../nbs/06_bnfreeze.ipynb #bnf00030
+_trains,_training = attrgetter('requires_grad'),attrgetter('training')
+
+@patch
+def _changed(self:BnFreeze):
+    return any(map(_trains, self._frozen)) or not all(map(_trains, self._trained))
+
+@patch
+def before_batch(self:BnFreeze):
+    if self._changed(): self._look()
+    if any(map(_training, self._held)):
+        for m in self._held: m.training = False # it was set without `train`
+
+@patch
+def before_step(self:BnFreeze):
+    if self._changed(): self._look() # frozen since the forward pass
+    elif self._was: self._put_back()
+    self._drop_grads()
+    if isinstance(self.learn.opt, Lookahead): _follow(self.learn.opt)
+
+# %% ../nbs/06_bnfreeze.ipynb #bnf00032
+@patch
+def _drop_grads(self:BnFreeze):
+    for p in self._frozen: p.grad = None
+
+def _follow(opt):
+    "Before `Lookahead` mixes each parameter with its slow copy, let the copies of frozen ones be equal to them"
+    if opt.slow_weights is None or (opt.count+1) % opt.k: return
+    for slow,p in zip(opt.slow_weights.concat(), opt.param_lists.concat()):
+        if not p.requires_grad: slow.copy_(p)
+
+# %% ../nbs/06_bnfreeze.ipynb #bnf00033
+@patch
+def _note_buffers(self:BnFreeze, modules):
+    "Note the values that are to stay; of batchnorm layers that are held that is known"
+    def known(m): return m in self._held and getattr(type(m), 'forward', None) is _BatchNorm.forward
+    def noted(name): return self._was.get(name, (None,))
+    found = {f'{name}.{k}': (m, k, b) for name,m in modules.items() if m._buffers and not known(m)
+             for k,b in m._buffers.items() if b is not None and not is_lazy(b)}
+    self._was = {name: noted(name) if noted(name)[0] is m else (m, k, b.clone()) for name,(m,k,b) in found.items()}
+    self._moving = {name: o for name,o in self._moving.items() if self._was.get(name) is o}
+
+def _same(a, b):
+    if a.shape != b.shape or not a.is_floating_point(): return torch.equal(a, b)
+    return bool(a.isclose(b, 0, 0, equal_nan=True).all())
+
+@patch
+@torch.no_grad()
+def _put_back(self:BnFreeze):
+    "Put back what moved although it is held; only that is looked at from now on"
+    moved = {name: (m, k, was) for name,(m,k,was) in self._was.items() if not _same(m._buffers[k], was)}
+    for m,k,was in moved.values():
+        if m._buffers[k].shape == was.shape: m._buffers[k].copy_(was)
+        else: setattr(m, k, was.clone())
+    if moved.keys()-self._moving.keys(): self._warn_moved(moved)
+    self._was = self._moving = self._moving | moved
 
 # %% ../nbs/06_bnfreeze.ipynb #aa6c061c
 @patch
-def _warn(self:BnFreeze):
-    model,n = self.learn.model,len(_bn_layers(self.learn.model, only_frozen=False))
-    if not n or all(p.requires_grad for p in model.parameters()): return
-    self.warn_once(f'Part of the model is frozen, but none of its {n} batchnorm layers is, so `BnFreeze` holds nothing. '
-                   'Make the Learner with `train_bn=False` to freeze them too.')
+def _warn_forgotten(self:BnFreeze):
+    if not (self.only_frozen and self._frozen and self.learn.train_bn): return
+    (_,frozen),(_,but_for_norms) = self._modules(),self._modules(but=(*bn_types, *norm_types))
+    n = len(_bn_layers(but_for_norms).keys() - frozen)
+    layers,them = ('layer of the frozen part trains', 'it') if n == 1 else ('layers of the frozen part train', 'them')
+    if n: self.warn_once(f'{n} batchnorm {layers}, so `BnFreeze` lets the statistics go on. '
+                         f'Make the Learner with `train_bn=False` to freeze {them} too.')
+
+@patch
+def _warn_moved(self:BnFreeze, moved):
+    held = all(m in self._held or type(m) is nn.Module for m,_,_ in moved.values())
+    shown = ', '.join(f'`{o}`' for o in [*moved][:5]) + ', ...'*(len(moved) > 5)
+    self.warn_once(f'Nothing trains in the frozen part, but {shown} moved. '
+                   '`BnFreeze` puts back the value at each step. '
+                   + ('The forward pass does not heed eval mode.' if held else 'With `all_layers=True` it may keep still.'))

@@ -6,24 +6,27 @@ Docs: https://fastcb.github.io/fastcb_training/core.html.md"""
 
 # %% auto #0
 __all__ = ['FitCallback', 'step_params', 'LoaderView', 'first_batches', 'NumberedPass', 'has_numbers', 'numbered_batches',
-           'picked_batches', 'ExactBatches', 'check', 'check_amount']
+           'picked_batches', 'ExactBatches', 'set_mode', 'hold', 'let_go', 'check', 'check_amount']
 
 # %% ../nbs/00_core.ipynb #bdf2e3c5
-import sys,torch
+import sys
 from collections.abc import Callable, Iterable
 from copy import copy
-from functools import wraps
+from functools import partial, wraps
 from itertools import islice
 from math import isfinite
 from numbers import Real
 from warnings import warn_explicit
 
+import torch
 from fastai.callback.core import Callback
 from fastai.data.load import DataLoader, _loaders
 from fastai.learner import Learner
 from fastai.torch_core import to_device
 from fastcore.basics import GetAttr, chunked, patch, patch_to, store_attr
+from fastcore.imports import noop
 from fastcore.xtras import truncstr
+from torch import nn
 from torch.utils.data import DataLoader as TorchLoader, IterableDataset
 
 # %% ../nbs/00_core.ipynb #b760aefe
@@ -38,6 +41,8 @@ class FitCallback(Callback):
     def _looking(self):
         "Is a `validate` or `get_preds` running, perhaps in the middle of a fit?"
         return self.learn.lock.locked()
+
+    training = property(lambda self: self.learn.training) # which fastai asks for; `GetAttr` is slow
 
     def before_fit(self): self._in_fit = self._in_fit and self._looking # a copy made in mid-fit says it is in one
     def before_train(self): self._begin()
@@ -227,6 +232,78 @@ class ExactBatches:
     def __len__(self): return self.n
     def __iter__(self): return self.batches
     def __next__(self): return next(self.batches)
+
+# %% ../nbs/00_core.ipynb #38e576f2
+def set_mode(m:nn.Module, training:bool):
+    "Put `m` into training or eval mode, but nothing inside it"
+    inside = [(o, o.training) for o in m.modules() if o is not m] if m._modules else ()
+    m.train(training)
+    for o,was in inside: o.training = was
+
+# %% ../nbs/00_core.ipynb #f8a4b7d5
+class _Held:
+    "Stands in for the `train` of a module that stays in eval mode; knows the mode in which it would be"
+    def __init__(self, m):
+        self.m,self.mode,self.holders = m,getattr(m, 'training', False),0
+        self.ours = dict(train=self, __getstate__=partial(_Held.state, self))
+        if hasattr(type(m), '__deepcopy__'): self.ours['__deepcopy__'] = partial(_Held.copy, self)
+        if hasattr(type(m), 'reset_running_stats'): self.ours['reset_running_stats'] = noop
+        self.theirs = {k: vars(m)[k] for k in self.ours if k in vars(m)}
+        if self.mode: set_mode(m, False)
+        self.put_on()
+
+    def put_on(self): vars(self.m).update(self.ours)
+    def take_off(self):
+        for k in self.ours: vars(self.m).pop(k, None)
+        vars(self.m).update(self.theirs)
+
+    def __call__(self, mode=True):
+        "What `train` does, but for the module's own mode"
+        self.take_off()
+        self.m.train(mode)
+        self.mode = self.m.training
+        set_mode(self.m, False)
+        self.put_on()
+        return self.m
+
+# %% ../nbs/00_core.ipynb #new4b
+@patch
+def state(self:_Held):
+    "For `copy` and `pickle`: the module as it would be"
+    self.take_off()
+    try: return {**self.m.__getstate__(), 'training': self.mode}
+    finally: self.put_on()
+
+@patch
+def copy(self:_Held, memo):
+    "For `deepcopy` of a module that has its own way"
+    self.take_off()
+    try: copied = self.m.__deepcopy__(memo)
+    finally: self.put_on()
+    if self.mode: set_mode(copied, True)
+    return copied
+
+@patch
+def __reduce__(self:_Held): return bool, () # where a module pickles all its attributes, and then drops this one
+
+# %% ../nbs/00_core.ipynb #fea56f90
+def hold(
+    m:nn.Module, # A module; what is inside it is held apart
+): # To be given to `let_go`
+    "Keep `m` in eval mode until each who holds it lets go; a copy of it is free"
+    held = vars(m).get('train')
+    if not isinstance(held, _Held): held = _Held(m)
+    held.holders += 1
+    return held
+
+def let_go(
+    held, # What `hold` returned
+):
+    "Take back a `hold`; the last one gives the module the mode that it would be in"
+    held.holders -= 1
+    if held.holders: return
+    held.take_off()
+    if held.mode: set_mode(held.m, True)
 
 # %% ../nbs/00_core.ipynb #7b363d93
 def check(

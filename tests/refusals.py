@@ -38,6 +38,8 @@ refusals = {
                       TypeError: [None, True, False, 0, 1, nan, inf, b'skip', [], ['skip'], ('skip', 'raise')]}},
     'BnFreeze': {
         'only_frozen': no_bools,
+        'all_layers': no_bools,
+        'part': {TypeError: [True, 0, 3, nan, '', 'body', [], [len], {}], ValueError: [nn.ReLU()]},
         'events': {TypeError: [dict(before_fti=len), dict(fit=len), dict(after_lunch=None), dict(order=len), dict(learn=len),
                                *(dict(before_fit=o) for o in (None, True, 0, 3, nan, inf, '', 'len', [], [len], {}))]}},
     'set_bn_eval': {

@@ -16,7 +16,7 @@ rows = [(name, arg, error, value) for name,args in refusals.items() for arg,erro
 allowed = dict(pct='a number above 0 and at most 1', n_batches='a whole number, 1 or more', n_valid='a whole number, 1 or more',
                n_acc='a finite number above 0', count='a function of the targets',
                max_norm='a number above 0', norm_type='a number above 0', nonfinite="one of ('skip', 'raise', 'ignore')",
-               m='a module', path='a path', classes='one or more whole numbers from 0 to 9',
+               m='a module', part='a function of the model, or None', path='a path', classes='one or more whole numbers from 0 to 9',
                size='a whole number of pixels, 1 or more', before_fit='a function of the callback')
 
 
@@ -38,7 +38,7 @@ def test_refused(tmp_path, monkeypatch, name, arg, error, value):
     assert m.training and not [*tmp_path.iterdir()], 'something was done all the same'
     message = str(raised.value)
     if arg == 'events': [(arg, value)] = value.items()
-    if name == 'BnFreeze' and arg not in ('only_frozen', 'before_fit'): # no argument at all
+    if name == 'BnFreeze' and arg not in ('only_frozen', 'all_layers', 'part', 'before_fit'): # no argument at all
         assert f'`{arg}`' in message and all(event in message for event in Callback._methods)
     else:
         assert f"`{arg}` has to be {allowed.get(arg, 'True or False')}" in message
