@@ -17,6 +17,7 @@ from math import isfinite
 from numbers import Real
 from warnings import warn_explicit
 
+import torch
 from fastai.callback.core import Callback
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
@@ -93,32 +94,44 @@ class LoaderView(GetAttr):
 def numbered_batches(
     dl, # A loader of fastai's or PyTorch's
     numbers:Iterable, # Numbers of batches in a pass over `dl`, rising
+    ready:Callable=None, # Called once the pass has drawn the random numbers that it begins with, before it loads
 ): # The batches, loaded as they are asked for; None if `dl` has no numbers
     "One pass over `dl` that loads only the batches of these `numbers`"
-    if isinstance(dl, DataLoader): return _fastai_batches(dl, numbers) if _has_numbers(dl) else None
+    if isinstance(dl, DataLoader): return _fastai_batches(dl, numbers, ready) if _has_numbers(dl) else None
     if isinstance(dl, TorchLoader) and dl.batch_sampler is not None and not isinstance(dl.dataset, IterableDataset):
-        return _torch_batches(dl, numbers)
+        return _torch_batches(dl, numbers, ready)
 
 def _has_numbers(dl):
     "Does `dl` load what its indices say?"
     return dl.indexed and all(getattr(type(dl), o) is getattr(DataLoader, o) and o not in vars(dl) for o in ('sample', 'chunkify'))
 
 # %% ../nbs/00_core.ipynb #7876b7b3
-def _fastai_batches(dl, numbers):
+def _fastai_batches(dl, numbers, ready):
     size,own = dl.bs or 1,vars(dl).get('get_idxs')
     def get_idxs():
         if own: dl.get_idxs = own
         else: del dl.get_idxs # only this pass is another
         idxs = list(dl.get_idxs())
+        if ready:
+            dl.fake_l.generator = torch.Generator() # PyTorch draws the workers' seed only after this
+            dl.fake_l.generator.set_state(torch.get_rng_state())
+            ready()
         return [i for n in numbers for i in idxs[n*size:(n+1)*size]]
     dl.get_idxs = get_idxs
-    yield from dl
+    for b in dl:
+        vars(dl.fake_l).pop('generator', None)
+        yield b
 
-def _torch_batches(dl, numbers):
+def _torch_batches(dl, numbers, ready):
     some,wanted = copy(dl),set(numbers)
     class Some:
         "The batches of the sampler that are wanted"
-        def __iter__(self): return (idxs for n,idxs in enumerate(dl.batch_sampler) if n in wanted)
+        def __iter__(self):
+            begin = ready
+            for n,idxs in enumerate(dl.batch_sampler):
+                if n not in wanted: continue
+                if begin: begin = begin()
+                yield idxs
     vars(some)['batch_sampler'] = Some() # `DataLoader.__setattr__` refuses it
     yield from some
 
