@@ -102,8 +102,9 @@ def numbered_batches(
         return _torch_batches(dl, numbers, ready)
 
 def _has_numbers(dl):
-    "Does `dl` load what its indices say?"
-    return dl.indexed and all(getattr(type(dl), o) is getattr(DataLoader, o) and o not in vars(dl) for o in ('sample', 'chunkify'))
+    "Does `dl` load what its indices say? `DistributedDL` has the loader in `dl`"
+    own = all(getattr(type(dl), o) is getattr(DataLoader, o) and o not in vars(dl) for o in ('sample', 'chunkify'))
+    return own and (_has_numbers(dl.dl) if 'dl' in vars(dl) else dl.indexed)
 
 # %% ../nbs/00_core.ipynb #7876b7b3
 def _fastai_batches(dl, numbers, ready):
@@ -127,10 +128,11 @@ def _torch_batches(dl, numbers, ready):
     class Some:
         "The batches of the sampler that are wanted"
         def __iter__(self):
-            begin = ready
+            begun = not ready
             for n,idxs in enumerate(dl.batch_sampler):
                 if n not in wanted: continue
-                if begin: begin = begin()
+                if not begun: ready()
+                begun = True
                 yield idxs
     vars(some)['batch_sampler'] = Some() # `DataLoader.__setattr__` refuses it
     yield from some

@@ -9,7 +9,7 @@ __all__ = ['NoData', 'pack', 'unpack', 'get_rng', 'set_rng', 'random_state', 'se
            'set_rng_states', 'module_state', 'load_module', 'get_state', 'set_state', 'fit_state', 'set_fit_state',
            'items_of', 'items_sum', 'identity', 'differences', 'sync_folder', 'write', 'read', 'remove', 'ResumeFit']
 
-# %% ../nbs/02_resume.ipynb #a8166da6
+# %% ../nbs/02_resume.ipynb #dea3aa8f
 import os, random, signal, sys, threading, time, warnings
 from collections import Counter, OrderedDict, deque
 from contextlib import suppress
@@ -39,7 +39,7 @@ from torch.utils.data import Subset
 from . import __version__
 from .core import FitCallback, LoaderView, check, numbered_batches
 
-# %% ../nbs/02_resume.ipynb #f7ce3084
+# %% ../nbs/02_resume.ipynb #25082de0
 class NoData(Exception): "It can't be written as plain data"
 
 _plain = type(None),bool,int,float,str,bytes
@@ -49,7 +49,7 @@ _kinds = dict( # what a file may hold beside that: how it is written, how it is 
     complex=(complex, lambda o: [o.real, o.imag], lambda o: complex(*o)), fraction=(Fraction, str, Fraction),
     path=(PurePath, str, Path))
 
-# %% ../nbs/02_resume.ipynb #4cef2039
+# %% ../nbs/02_resume.ipynb #f44d7873
 def pack(o):
     "`o` as plain containers, numbers, text and tensors, which `torch.load(weights_only=True)` reads; `NoData` for anything else"
     t = type(o)
@@ -64,7 +64,7 @@ def pack(o):
 
 def _tag(kind, o): return {'\0': kind, 'o': o}
 
-# %% ../nbs/02_resume.ipynb #0a9bf72e
+# %% ../nbs/02_resume.ipynb #d92d3f0b
 def _pack_tensor(o):
     if isinstance(o, nn.Parameter): raise NoData('a parameter of the model')
     o = o.detach().as_subclass(torch.Tensor)
@@ -89,7 +89,7 @@ def _pack_list(o):
             return _tag('tensors', _pack_tensor(torch.stack([v.detach() for v in o])))
     return [pack(v) for v in o]
 
-# %% ../nbs/02_resume.ipynb #1ba5770e
+# %% ../nbs/02_resume.ipynb #04e18813
 def unpack(o):
     "What `pack` was given"
     if isinstance(o, list): return [unpack(v) for v in o]
@@ -103,7 +103,7 @@ def unpack(o):
     if kind in ('scalars', 'tensors'): return list(unpack(o))
     return _kinds[kind][2](unpack(o))
 
-# %% ../nbs/02_resume.ipynb #b5d01282
+# %% ../nbs/02_resume.ipynb #f96d713b
 _generators = random.Random,torch.Generator,np.random.Generator,np.random.RandomState
 
 def get_rng(o):
@@ -116,7 +116,7 @@ def set_rng(o, state):
     elif isinstance(o, np.random.Generator): o.bit_generator.state = state
     else: o.set_state(state)
 
-# %% ../nbs/02_resume.ipynb #17af4af9
+# %% ../nbs/02_resume.ipynb #7e4d20d8
 def _accelerators(model):
     "The devices that have random numbers of their own, and how they are asked"
     devices = {o.device for o in (*model.parameters(), *model.buffers()) if o.device.type not in ('cpu', 'meta')}
@@ -136,7 +136,7 @@ def set_random_state(learn, state):
     for d,(m,args) in _accelerators(learn.model).items():
         if d in state['devices']: m.set_rng_state(state['devices'][d].cpu(), *args)
 
-# %% ../nbs/02_resume.ipynb #dc1803ea
+# %% ../nbs/02_resume.ipynb #7e5a65f2
 _of_order,_of_data = ('dl', 'sampler', 'batch_sampler'),('dl', 'dataset') # where a loader's own random numbers are
 
 def loader_rngs(dl, parts):
@@ -158,7 +158,7 @@ def _rngs_of_all(learn, parts):
     dls = getattr(learn.dls, 'loaders', (learn.dls.train, learn.dls.valid))
     return {f'{i}{k}': o for i,dl in enumerate(dls) for k,o in loader_rngs(dl, parts).items()}
 
-# %% ../nbs/02_resume.ipynb #d7b7fc06
+# %% ../nbs/02_resume.ipynb #bcb9008e
 _module_attrs = {*vars(nn.Module())} # `training` among them: the phase sets it
 
 def module_state(m):
@@ -182,7 +182,7 @@ def load_module(m, state):
     for k,o in state['buffers'].items(): buffers[k].copy_(unpack(o))
     for k,attrs in state['attrs'].items(): vars(modules[k]).update(unpack(attrs))
 
-# %% ../nbs/02_resume.ipynb #0eaaced5
+# %% ../nbs/02_resume.ipynb #39d268b2
 def _has_state(o):
     "Does it say itself what its state is? A callback seems to have each method of the model"
     return all(hasattr(type(o), f) or f in getattr(o, '__dict__', {}) for f in ('state_dict', 'load_state_dict'))
@@ -210,7 +210,7 @@ def set_state(o, state):
         for k,v in state['parts'].items():
             if k in vars(o): set_state(vars(o)[k], v)
 
-# %% ../nbs/02_resume.ipynb #342c85b8
+# %% ../nbs/02_resume.ipynb #2eaf51f1
 _counters = 'train_iter','pct_train','iter','smooth_loss','final_record','loss'
 
 def _named(cbs):
@@ -247,7 +247,7 @@ def _csv(cb):
     cb.file.flush()
     return dict(csv=(cb.path/cb.fname).read_text())
 
-# %% ../nbs/02_resume.ipynb #8368cbac
+# %% ../nbs/02_resume.ipynb #2309692b
 def set_fit_state(learn, state, begin):
     "Make all that `fit_state` has looked at as it was; `begin` is where the fit begins, and not only a phase"
     model,opt = get_model(learn.model),learn.opt
@@ -277,7 +277,7 @@ def _set_cb_state(cb, state, begin, ago):
         cb.file.write(state['csv'])
         cb.file.flush()
 
-# %% ../nbs/02_resume.ipynb #796d052f
+# %% ../nbs/02_resume.ipynb #1a359ded
 def _told(o):
     "`o` in words, if it says the same in every process"
     if isinstance(o, (type(None), bool, int, float, str, bytes, Enum, PurePath)): return repr(o)
@@ -289,7 +289,7 @@ def _arguments(cb):
     names = [o for o in signature(type(cb).__init__).parameters if o in vars(cb)]
     return {o: _told(vars(cb)[o]) for o in names}
 
-# %% ../nbs/02_resume.ipynb #b376a79d
+# %% ../nbs/02_resume.ipynb #b0f1c6b3
 def _item(o):
     "What can be told of an item of a data set without loading it"
     if isinstance(o, PurePath): return '/'.join(o.parts[-2:]) # the folder above may be elsewhere tomorrow
@@ -311,7 +311,7 @@ def items_sum(ds, n=1000):
     if not isinstance(items, list|tuple|L|np.ndarray|torch.Tensor) and not hasattr(items, 'get_loc'): return None
     return crc32(repr([_item(items[i*len(items)//n]) for i in range(n)] if len(items) > n else [_item(o) for o in items]).encode())
 
-# %% ../nbs/02_resume.ipynb #b44b561c
+# %% ../nbs/02_resume.ipynb #b3e28db0
 def _length(o):
     try: return len(o)
     except TypeError: return None
@@ -353,7 +353,7 @@ def differences(a, b):
     return [f'{k}: {a.get(k, "none")} there, {b.get(k, "none")} here' for k in {**a, **b}
             if a.get(k) != b.get(k) and 'None' not in (a.get(k), b.get(k))]
 
-# %% ../nbs/02_resume.ipynb #fd2348dc
+# %% ../nbs/02_resume.ipynb #a141760f
 def sync_folder(path):
     "A rename is on the disk when its folder is"
     if os.name == 'nt': return # where a folder can't be opened
@@ -384,7 +384,7 @@ def read(path):
 def remove(path):
     for o in path,path.with_suffix('.prev'),path.with_suffix('.new'): o.unlink(missing_ok=True)
 
-# %% ../nbs/02_resume.ipynb #35c5d7f7
+# %% ../nbs/02_resume.ipynb #7727d359
 class ResumeFit(FitCallback):
     "Go on with a fit that was cut off, as if it had not been"
     _in_call = _saved = _place = _handler = None
@@ -415,7 +415,7 @@ class ResumeFit(FitCallback):
     def after_fit(self):
         if self._in_fit and not self._looking: self._finish()
 
-# %% ../nbs/02_resume.ipynb #679a57bb
+# %% ../nbs/02_resume.ipynb #54ee7ea7
 @patch
 def start_fit(self:ResumeFit):
     learn = self.learn
@@ -447,7 +447,7 @@ def _finish(self:ResumeFit):
     self._call.files.add(self._file)
     self._call.fits.append(dict(fit=self._fit, hypers=pack([{**h} for h in opt.hypers])))
 
-# %% ../nbs/02_resume.ipynb #d5c7c3c0
+# %% ../nbs/02_resume.ipynb #7cc8b44a
 def _around(learn, f, event_type, ex, final=noop):
     "fastai's `_with_events`, for a fit that may be cut off: here all handlers of an event are done, whatever their order"
     go = partial(type(learn)._with_events, learn)
@@ -457,7 +457,7 @@ def _around(learn, f, event_type, ex, final=noop):
     if wrap: wrap(f, partial(go, event_type=event_type, ex=ex, final=final))
     else: go(f, event_type, ex, final)
 
-# %% ../nbs/02_resume.ipynb #c2d5d463
+# %% ../nbs/02_resume.ipynb #a38b80a8
 @patch
 def _epoch(self:ResumeFit, f, go):
     epoch,n = self.learn.epoch,self.learn.n_epoch
@@ -481,7 +481,7 @@ def _train(self:ResumeFit, f, go):
 @patch
 def _validate(self:ResumeFit, f, go): self._in_phase('validate', f, go)
 
-# %% ../nbs/02_resume.ipynb #82732dfd
+# %% ../nbs/02_resume.ipynb #20443566
 @patch
 def _in_phase(self:ResumeFit, phase, f, go):
     self._phase = phase
@@ -520,7 +520,7 @@ def _dropping(dl, k, ready):
     ready()
     yield from batches
 
-# %% ../nbs/02_resume.ipynb #f9a2a290
+# %% ../nbs/02_resume.ipynb #55fa12d5
 @patch
 def _batch(self:ResumeFit, f, go):
     self._inside = True
@@ -537,7 +537,7 @@ def _watch(self:ResumeFit, f):
         if not self._signalled or self._inside or self._world > 1: raise
         self._stop((self.learn.epoch, self._phase, self._done))
 
-# %% ../nbs/02_resume.ipynb #60a6b479
+# %% ../nbs/02_resume.ipynb #7b06157f
 @patch
 def _moment(self:ResumeFit, place):
     "Between two batches or two epochs: save, or stop, if it is time"
@@ -571,7 +571,7 @@ def _stop(self:ResumeFit, place):
     self.warn_once(f'The fit was ended {why}, in epoch {place[0]} of 0 to {self.learn.n_epoch-1}. The same call goes on with it.')
     raise CancelFitException
 
-# %% ../nbs/02_resume.ipynb #73d1f747
+# %% ../nbs/02_resume.ipynb #eb380cb9
 @patch
 def _save(self:ResumeFit, place):
     start,learn = time.monotonic(),self.learn
@@ -584,7 +584,7 @@ def _save(self:ResumeFit, place):
     self._last = time.monotonic()
     self._cost = self._last-start
 
-# %% ../nbs/02_resume.ipynb #57e25d4a
+# %% ../nbs/02_resume.ipynb #96f29cef
 @patch
 def _find(self:ResumeFit):
     "Is there a file, and is it of this fit?"
@@ -619,7 +619,7 @@ def _refuse(self:ResumeFit, why):
     raise ValueError(f'`{self._file}` is not of this fit. {"; ".join(why[:5])}{more}. Make the call that it is of, '
                      'or give this fit another `fname`, or delete the file to start from nothing.')
 
-# %% ../nbs/02_resume.ipynb #6acd85aa
+# %% ../nbs/02_resume.ipynb #f339b35f
 @patch
 def _read(self:ResumeFit):
     "The newest file that all processes can read"
@@ -646,7 +646,7 @@ def _shared(numbers, bad, world):
 
 def _world(learn): return dist.get_world_size() if hasattr(learn, 'distributed_trainer') and dist.is_initialized() else 1
 
-# %% ../nbs/02_resume.ipynb #47f144b2
+# %% ../nbs/02_resume.ipynb #b3ea0f08
 @patch
 def _listen(self:ResumeFit):
     "`SIGTERM` is what clusters and containers send; only the main thread can have a handler"
@@ -673,7 +673,7 @@ def _unlisten(self:ResumeFit):
     for o in sys.stdout,sys.stderr: o.flush()
     signal.raise_signal(signal.SIGTERM)
 
-# %% ../nbs/02_resume.ipynb #ff8b6720
+# %% ../nbs/02_resume.ipynb #b5727e06
 class _Call:
     "The fits of one call of `fine_tune`"
     def __init__(self): self.fits,self.files,self.stopped,self.start = [],set(),False,time.monotonic()

@@ -2,7 +2,7 @@
 
 Each line that it reads is a case and the deaths that its lives die; each that it writes says how they ended.
 The process that forks never trains: then a child can, also where there is a GPU, which is hidden."""
-import json, os, signal, sys, traceback
+import json, os, signal, socket, sys, traceback
 from io import BytesIO
 from pathlib import Path
 
@@ -164,7 +164,24 @@ def ours(folder):
     learn.fit_one_cycle(3, .05, cbs=[Kept(), Seen(), GradientAccumulation(20), GradientClip(.5), ShortEpochCallback(n_batches=4, resume=True), BnFreeze()])
     return learn
 
-cases = {f.__name__: f for f in (plain, one_cycle, trackers, torch_loaders, torch_generator, workers, torch_workers, mixed, mixup, stream, tuned, ours)}
+def broadcast(self, t, rank):
+    t = LongTensor(t)
+    torch.distributed.broadcast(t, rank)
+    return t.tolist()
+
+def two(folder):
+    "On each of two processes; half of the data, other random numbers"
+    from accelerate import Accelerator
+    from fastai.distributed import DistributedDL
+    DistributedDL._broadcast = broadcast # fastai's calls `.cuda()`
+    Accelerator(cpu=True)
+    learn = learner(folder, model=Net(), metrics=mae)
+    learn.model.layers[3].p = .5
+    set_seed(rank_distrib())
+    with learn.distrib_ctx(cpu=True, sync_bn=False): learn.fit_one_cycle(3, .05, cbs=[Kept(), Seen(), *([CSVLogger()] if not rank_distrib() else [])])
+    return learn
+
+cases = {f.__name__: f for f in (plain, one_cycle, trackers, torch_loaders, torch_generator, workers, torch_workers, mixed, mixup, stream, tuned, ours, two)}
 
 
 # How it dies
@@ -172,12 +189,16 @@ cases = {f.__name__: f for f in (plain, one_cycle, trackers, torch_loaders, torc
 class Dies(Callback):
     "Kill the process at the `n`-th of some events of this life"
     order = 150
-    def __init__(self, sig, event, n, phase=None): self._plan,self._n = (sig, event, phase),[n]
-    def __call__(self, event):
-        sig,when,phase = self._plan
-        if event != when or phase and (self.training if phase == 'valid' else not self.training): return
-        self._n[0] -= 1
-        if self._n[0] == 0: os.kill(os.getpid(), sig)
+    def __init__(self, *plan): self._plan = _Plan(*plan)
+    def __call__(self, event): self._plan(self, event)
+
+class _Plan:
+    "No data, so that each life keeps its own"
+    def __init__(self, sig, when, n, phase=None): store_attr()
+    def __call__(self, cb, event):
+        if event != self.when or self.phase and self.phase != ('train' if cb.training else 'valid'): return
+        self.n -= 1
+        if self.n == 0: os.kill(os.getpid(), self.sig)
 
 def dies_in(name, n):
     "Kill at the `n`-th call of a function of the module `os`, or half-way through a `torch.save`"
@@ -215,34 +236,54 @@ def outcome(folder, learn):
 def life(case, folder, death):
     how,*args = death or ('SIGKILL', None, 0)
     if how == 'os': dies_in(*args)
-    defaults.callbacks = [*defaults.callbacks, Dies(getattr(signal, how, None), *args[:2], *args[2:]), _Last]
+    defaults.callbacks = [*defaults.callbacks, Dies(getattr(signal, how, None), *args), _Last]
     set_seed(7) # Python's random numbers are others after a fork
     learn = cases[case](folder)
-    with open(Path(folder)/'outcome', 'wb') as f: torch.save(outcome(folder, learn), f)
+    with open(Path(folder)/f'outcome{os.environ.get("RANK", "")}', 'wb') as f: torch.save(outcome(folder, learn), f)
 
 class _Last(Callback):
     order = 300
     def after_fit(self):
         Seen.last = learn.xs if (learn := getattr(self.learn, 'seen', None)) else None
 
-def lives(case, folder, deaths):
-    "Run until it ends; the signals that ended each life"
+def born(case, folder, death, **env):
+    "The number of a process in which the fit runs"
+    if pid := os.fork(): return pid
+    code = 1
+    try:
+        os.environ.update(env)
+        log = os.open(f'{folder}/log', os.O_WRONLY|os.O_CREAT|os.O_APPEND)
+        os.dup2(log, 1), os.dup2(log, 2)
+        life(case, folder, death)
+        code = 0
+    except BaseException: traceback.print_exc()
+    for o in sys.stdout,sys.stderr: o.flush()
+    os._exit(code)
+
+def together(case, folder, death):
+    "Two processes; when one has died, so does the other. It is the first, or the second, that is killed"
+    with socket.socket() as o:
+        o.bind(('127.0.0.1', 0))
+        env = dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(o.getsockname()[1]))
+    dying,pids = death[-1] if death else None,[]
+    for rank in range(2):
+        pids.append(born(case, folder, death[:-1] if rank == dying else None, RANK=str(rank), LOCAL_RANK=str(rank), **env))
     ends = []
-    for i in range(len(deaths)+1):
-        sys.stdout.flush()
-        pid = os.fork()
-        if not pid:
-            code = 1
-            try:
-                log = os.open(f'{folder}/log', os.O_WRONLY|os.O_CREAT|os.O_APPEND)
-                os.dup2(log, 1), os.dup2(log, 2)
-                life(case, folder, deaths[i] if i < len(deaths) else None)
-                code = 0
-            except BaseException: traceback.print_exc()
-            sys.stdout.flush(); sys.stderr.flush()
-            os._exit(code)
-        ends.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-        if ends[-1] == 0 or ends[-1] > 0: break
+    while pids:
+        pid,status = os.wait()
+        pids.remove(pid)
+        ends.append(os.waitstatus_to_exitcode(status))
+        if ends[0]:
+            for o in pids: os.kill(o, signal.SIGKILL)
+    return ends[0]
+
+def lives(case, folder, deaths):
+    "Run until it ends; how each life ended"
+    ends = []
+    for death in [*deaths, None]:
+        if case == 'two': ends.append(together(case, folder, death))
+        else: ends.append(os.waitstatus_to_exitcode(os.waitpid(born(case, folder, death), 0)[1]))
+        if ends[-1] >= 0: break
     return ends
 
 if __name__ == '__main__':
