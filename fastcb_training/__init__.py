@@ -9,7 +9,6 @@ Modules:
 - `fastcb_training.accumulation`: My batch does not fit: train as if it did. The gradient of every step is the gradient of the big batch
 - `fastcb_training.bnfreeze`: Several heads, one frozen body: hold its batchnorm statistics, to the last bit
 - `fastcb_training.clip`: My loss turns NaN: clip the norm of the whole gradient, keep what was measured, skip what is not finite
-- `fastcb_training.data`: Real handwritten digits as an image folder, without a download
-- `fastcb_training.shortepoch`: Will my run finish? Fit a part of each epoch, with everything that a whole epoch has"""
+- `fastcb_training.data`: Real handwritten digits as an image folder, without a download"""
 
 __version__ = "0.0.1"

@@ -9,7 +9,7 @@ __all__ = ['NoData', 'pack', 'unpack', 'get_rng', 'set_rng', 'random_state', 'se
            'set_rng_states', 'module_state', 'load_module', 'get_state', 'set_state', 'fit_state', 'set_fit_state',
            'items_of', 'items_sum', 'identity', 'differences', 'sync_folder', 'write', 'read', 'remove', 'ResumeFit']
 
-# %% ../nbs/02_resume.ipynb #dea3aa8f
+# %% ../nbs/02_resume.ipynb #3af93d4b
 import os, random, signal, sys, threading, time, warnings
 from collections import Counter, OrderedDict, deque
 from contextlib import suppress
@@ -21,6 +21,7 @@ from itertools import count
 from math import inf, isnan
 from numbers import Real
 from pathlib import Path, PurePath
+from weakref import WeakSet
 from zipfile import BadZipFile, ZipFile
 from zlib import crc32
 
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.progress import CSVLogger, ProgressCallback
-from fastai.callback.schedule import ParamScheduler
+from fastai.callback.schedule import LRFinder, ParamScheduler
 from fastai.learner import Learner, Metric
 from fastai.torch_core import get_model
 from fastcore.basics import noop, patch, patch_to, store_attr
@@ -39,7 +40,7 @@ from torch.utils.data import Subset
 from . import __version__
 from .core import FitCallback, LoaderView, check, numbered_batches
 
-# %% ../nbs/02_resume.ipynb #25082de0
+# %% ../nbs/02_resume.ipynb #2c42f270
 class NoData(Exception): "It can't be written as plain data"
 
 _plain = type(None),bool,int,float,str,bytes
@@ -49,7 +50,7 @@ _kinds = dict( # what a file may hold beside that: how it is written, how it is 
     complex=(complex, lambda o: [o.real, o.imag], lambda o: complex(*o)), fraction=(Fraction, str, Fraction),
     path=(PurePath, str, Path))
 
-# %% ../nbs/02_resume.ipynb #f44d7873
+# %% ../nbs/02_resume.ipynb #2277e57a
 def pack(o):
     "`o` as plain containers, numbers, text and tensors, which `torch.load(weights_only=True)` reads; `NoData` for anything else"
     t = type(o)
@@ -64,7 +65,7 @@ def pack(o):
 
 def _tag(kind, o): return {'\0': kind, 'o': o}
 
-# %% ../nbs/02_resume.ipynb #d92d3f0b
+# %% ../nbs/02_resume.ipynb #9df9c9a4
 def _pack_tensor(o):
     if isinstance(o, nn.Parameter): raise NoData('a parameter of the model')
     o = o.detach().as_subclass(torch.Tensor)
@@ -89,7 +90,7 @@ def _pack_list(o):
             return _tag('tensors', _pack_tensor(torch.stack([v.detach() for v in o])))
     return [pack(v) for v in o]
 
-# %% ../nbs/02_resume.ipynb #04e18813
+# %% ../nbs/02_resume.ipynb #330ea1e1
 def unpack(o):
     "What `pack` was given"
     if isinstance(o, list): return [unpack(v) for v in o]
@@ -103,7 +104,7 @@ def unpack(o):
     if kind in ('scalars', 'tensors'): return list(unpack(o))
     return _kinds[kind][2](unpack(o))
 
-# %% ../nbs/02_resume.ipynb #f96d713b
+# %% ../nbs/02_resume.ipynb #fc0bd3ca
 _generators = random.Random,torch.Generator,np.random.Generator,np.random.RandomState
 
 def get_rng(o):
@@ -116,7 +117,7 @@ def set_rng(o, state):
     elif isinstance(o, np.random.Generator): o.bit_generator.state = state
     else: o.set_state(state)
 
-# %% ../nbs/02_resume.ipynb #7e4d20d8
+# %% ../nbs/02_resume.ipynb #2902ba53
 def _accelerators(model):
     "The devices that have random numbers of their own, and how they are asked"
     devices = {o.device for o in (*model.parameters(), *model.buffers()) if o.device.type not in ('cpu', 'meta')}
@@ -136,7 +137,7 @@ def set_random_state(learn, state):
     for d,(m,args) in _accelerators(learn.model).items():
         if d in state['devices']: m.set_rng_state(state['devices'][d].cpu(), *args)
 
-# %% ../nbs/02_resume.ipynb #7e5a65f2
+# %% ../nbs/02_resume.ipynb #62ecf5d4
 _of_order,_of_data = ('dl', 'sampler', 'batch_sampler'),('dl', 'dataset') # where a loader's own random numbers are
 
 def loader_rngs(dl, parts):
@@ -158,7 +159,7 @@ def _rngs_of_all(learn, parts):
     dls = getattr(learn.dls, 'loaders', (learn.dls.train, learn.dls.valid))
     return {f'{i}{k}': o for i,dl in enumerate(dls) for k,o in loader_rngs(dl, parts).items()}
 
-# %% ../nbs/02_resume.ipynb #bcb9008e
+# %% ../nbs/02_resume.ipynb #26db1b59
 _module_attrs = {*vars(nn.Module())} # `training` among them: the phase sets it
 
 def module_state(m):
@@ -182,7 +183,7 @@ def load_module(m, state):
     for k,o in state['buffers'].items(): buffers[k].copy_(unpack(o))
     for k,attrs in state['attrs'].items(): vars(modules[k]).update(unpack(attrs))
 
-# %% ../nbs/02_resume.ipynb #39d268b2
+# %% ../nbs/02_resume.ipynb #64aeb5fe
 def _has_state(o):
     "Does it say itself what its state is? A callback seems to have each method of the model"
     return all(hasattr(type(o), f) or f in getattr(o, '__dict__', {}) for f in ('state_dict', 'load_state_dict'))
@@ -210,7 +211,7 @@ def set_state(o, state):
         for k,v in state['parts'].items():
             if k in vars(o): set_state(vars(o)[k], v)
 
-# %% ../nbs/02_resume.ipynb #2eaf51f1
+# %% ../nbs/02_resume.ipynb #b10ec9c2
 _counters = 'train_iter','pct_train','iter','smooth_loss','final_record','loss'
 
 def _named(cbs):
@@ -247,7 +248,7 @@ def _csv(cb):
     cb.file.flush()
     return dict(csv=(cb.path/cb.fname).read_text())
 
-# %% ../nbs/02_resume.ipynb #2309692b
+# %% ../nbs/02_resume.ipynb #33478a32
 def set_fit_state(learn, state, begin):
     "Make all that `fit_state` has looked at as it was; `begin` is where the fit begins, and not only a phase"
     model,opt = get_model(learn.model),learn.opt
@@ -277,7 +278,7 @@ def _set_cb_state(cb, state, begin, ago):
         cb.file.write(state['csv'])
         cb.file.flush()
 
-# %% ../nbs/02_resume.ipynb #1a359ded
+# %% ../nbs/02_resume.ipynb #7699536e
 def _told(o):
     "`o` in words, if it says the same in every process"
     if isinstance(o, (type(None), bool, int, float, str, bytes, Enum, PurePath)): return repr(o)
@@ -289,7 +290,7 @@ def _arguments(cb):
     names = [o for o in signature(type(cb).__init__).parameters if o in vars(cb)]
     return {o: _told(vars(cb)[o]) for o in names}
 
-# %% ../nbs/02_resume.ipynb #b0f1c6b3
+# %% ../nbs/02_resume.ipynb #f0263050
 def _item(o):
     "What can be told of an item of a data set without loading it"
     if isinstance(o, PurePath): return '/'.join(o.parts[-2:]) # the folder above may be elsewhere tomorrow
@@ -311,7 +312,7 @@ def items_sum(ds, n=1000):
     if not isinstance(items, list|tuple|L|np.ndarray|torch.Tensor) and not hasattr(items, 'get_loc'): return None
     return crc32(repr([_item(items[i*len(items)//n]) for i in range(n)] if len(items) > n else [_item(o) for o in items]).encode())
 
-# %% ../nbs/02_resume.ipynb #b3e28db0
+# %% ../nbs/02_resume.ipynb #1d69cd4a
 def _length(o):
     try: return len(o)
     except TypeError: return None
@@ -353,7 +354,7 @@ def differences(a, b):
     return [f'{k}: {a.get(k, "none")} there, {b.get(k, "none")} here' for k in {**a, **b}
             if a.get(k) != b.get(k) and 'None' not in (a.get(k), b.get(k))]
 
-# %% ../nbs/02_resume.ipynb #a141760f
+# %% ../nbs/02_resume.ipynb #63eb4cf6
 def sync_folder(path):
     "A rename is on the disk when its folder is"
     if os.name == 'nt': return # where a folder can't be opened
@@ -384,7 +385,7 @@ def read(path):
 def remove(path):
     for o in path,path.with_suffix('.prev'),path.with_suffix('.new'): o.unlink(missing_ok=True)
 
-# %% ../nbs/02_resume.ipynb #7727d359
+# %% ../nbs/02_resume.ipynb #6d1c61da
 class ResumeFit(FitCallback):
     "Go on with a fit that was cut off, as if it had not been"
     _in_call = _saved = _place = _handler = None
@@ -406,8 +407,8 @@ class ResumeFit(FitCallback):
     def order(self): return inf if self._in_fit else -inf # it refuses before anything is written, and tidies up after everybody
 
     def before_fit(self):
-        others = [o for o in self.learn.cbs if o is not self]
-        if self._looking or hasattr(self.learn, 'lr_finder') or any(vars(o).get('dry_run') is True for o in others): return
+        learn = self.learn
+        if self._looking or learn in _running or any(isinstance(o, LRFinder) or vars(o).get('dry_run') is True for o in learn.cbs): return
         self._in_fit = False # a copy made in mid-fit says it is in one
         self._begin()
 
@@ -415,7 +416,9 @@ class ResumeFit(FitCallback):
     def after_fit(self):
         if self._in_fit and not self._looking: self._finish()
 
-# %% ../nbs/02_resume.ipynb #54ee7ea7
+# %% ../nbs/02_resume.ipynb #82ab40f9
+_running = WeakSet() # Learners in a fit that can go on; a fit inside it can't
+
 @patch
 def start_fit(self:ResumeFit):
     learn = self.learn
@@ -429,10 +432,12 @@ def start_fit(self:ResumeFit):
     self._find()
     self._listen()
     vars(learn)['_with_events'] = partial(_around, learn)
+    _running.add(learn)
 
 @patch
 def end_fit(self:ResumeFit):
     vars(self.learn).pop('_with_events', None)
+    _running.discard(self.learn)
     self._saved = None
     self._unlisten()
 
@@ -447,7 +452,7 @@ def _finish(self:ResumeFit):
     self._call.files.add(self._file)
     self._call.fits.append(dict(fit=self._fit, hypers=pack([{**h} for h in opt.hypers])))
 
-# %% ../nbs/02_resume.ipynb #7cc8b44a
+# %% ../nbs/02_resume.ipynb #96b08ea9
 def _around(learn, f, event_type, ex, final=noop):
     "fastai's `_with_events`, for a fit that may be cut off: here all handlers of an event are done, whatever their order"
     go = partial(type(learn)._with_events, learn)
@@ -457,7 +462,7 @@ def _around(learn, f, event_type, ex, final=noop):
     if wrap: wrap(f, partial(go, event_type=event_type, ex=ex, final=final))
     else: go(f, event_type, ex, final)
 
-# %% ../nbs/02_resume.ipynb #a38b80a8
+# %% ../nbs/02_resume.ipynb #68ad8100
 @patch
 def _epoch(self:ResumeFit, f, go):
     epoch,n = self.learn.epoch,self.learn.n_epoch
@@ -481,7 +486,7 @@ def _train(self:ResumeFit, f, go):
 @patch
 def _validate(self:ResumeFit, f, go): self._in_phase('validate', f, go)
 
-# %% ../nbs/02_resume.ipynb #20443566
+# %% ../nbs/02_resume.ipynb #8493303c
 @patch
 def _in_phase(self:ResumeFit, phase, f, go):
     self._phase = phase
@@ -500,19 +505,23 @@ def _rest(self:ResumeFit, f):
     learn,saved,k = self.learn,self._saved,self._place[2]
     self._saved = self._place = None
     set_fit_state(learn, saved['state'], begin=False) # `before_epoch` and `before_train` have been here
-    state,self._drawn,self._done = random_state(learn),saved['drawn'],k
+    self._drawn,self._done = saved['drawn'],k
+    here = rng_states(loader_rngs(learn.dl, _of_order)) if isinstance(learn.dl, LoaderView) else {} # it may begin another pass on its way
+    now = random_state(learn)
+    def ready():
+        set_rng_states(loader_rngs(learn.dl, _of_order), here)
+        set_random_state(learn, now)
     set_random_state(learn, unpack(self._drawn['rng']))
     set_rng_states(loader_rngs(learn.dl, _of_order), unpack(self._drawn['loader']))
     learn.n_iter = len(learn.dl)
     def batches():
-        for o in enumerate(_rest_of(learn.dl, k, partial(set_random_state, learn, state)), k): learn.one_batch(*o)
+        for o in enumerate(_rest_of(learn.dl, k, ready), k): learn.one_batch(*o)
     self._watch(batches)
 
 def _rest_of(dl, k, ready):
-    "The batches of `dl` from number `k` on; what has no numbers is loaded and dropped"
-    if isinstance(dl, LoaderView): some = numbered_batches(dl.dl, range(k, dl.n), ready) if dl.batches is dl.dl else None
-    else: some = numbered_batches(dl, range(k, len(dl)), ready)
-    return some or _dropping(dl, k, ready)
+    "The batches of `dl` from number `k` on; where they have no numbers, the others are loaded and dropped"
+    some = numbered_batches(dl, range(k, len(dl)), ready)
+    return _dropping(dl, k, ready) if some is None else some
 
 def _dropping(dl, k, ready):
     batches = iter(dl)
@@ -520,7 +529,7 @@ def _dropping(dl, k, ready):
     ready()
     yield from batches
 
-# %% ../nbs/02_resume.ipynb #55fa12d5
+# %% ../nbs/02_resume.ipynb #b2eebb57
 @patch
 def _batch(self:ResumeFit, f, go):
     self._inside = True
@@ -537,7 +546,7 @@ def _watch(self:ResumeFit, f):
         if not self._signalled or self._inside or self._world > 1: raise
         self._stop((self.learn.epoch, self._phase, self._done))
 
-# %% ../nbs/02_resume.ipynb #7b06157f
+# %% ../nbs/02_resume.ipynb #e31413f7
 @patch
 def _moment(self:ResumeFit, place):
     "Between two batches or two epochs: save, or stop, if it is time"
@@ -571,7 +580,7 @@ def _stop(self:ResumeFit, place):
     self.warn_once(f'The fit was ended {why}, in epoch {place[0]} of 0 to {self.learn.n_epoch-1}. The same call goes on with it.')
     raise CancelFitException
 
-# %% ../nbs/02_resume.ipynb #eb380cb9
+# %% ../nbs/02_resume.ipynb #d5e0ac1a
 @patch
 def _save(self:ResumeFit, place):
     start,learn = time.monotonic(),self.learn
@@ -584,7 +593,7 @@ def _save(self:ResumeFit, place):
     self._last = time.monotonic()
     self._cost = self._last-start
 
-# %% ../nbs/02_resume.ipynb #96f29cef
+# %% ../nbs/02_resume.ipynb #457564e1
 @patch
 def _find(self:ResumeFit):
     "Is there a file, and is it of this fit?"
@@ -619,7 +628,7 @@ def _refuse(self:ResumeFit, why):
     raise ValueError(f'`{self._file}` is not of this fit. {"; ".join(why[:5])}{more}. Make the call that it is of, '
                      'or give this fit another `fname`, or delete the file to start from nothing.')
 
-# %% ../nbs/02_resume.ipynb #f339b35f
+# %% ../nbs/02_resume.ipynb #e74308e9
 @patch
 def _read(self:ResumeFit):
     "The newest file that all processes can read"
@@ -646,7 +655,7 @@ def _shared(numbers, bad, world):
 
 def _world(learn): return dist.get_world_size() if hasattr(learn, 'distributed_trainer') and dist.is_initialized() else 1
 
-# %% ../nbs/02_resume.ipynb #b3ea0f08
+# %% ../nbs/02_resume.ipynb #9ae5eeeb
 @patch
 def _listen(self:ResumeFit):
     "`SIGTERM` is what clusters and containers send; only the main thread can have a handler"
@@ -673,7 +682,7 @@ def _unlisten(self:ResumeFit):
     for o in sys.stdout,sys.stderr: o.flush()
     signal.raise_signal(signal.SIGTERM)
 
-# %% ../nbs/02_resume.ipynb #b5727e06
+# %% ../nbs/02_resume.ipynb #fd31fb0c
 class _Call:
     "The fits of one call of `fine_tune`"
     def __init__(self): self.fits,self.files,self.stopped,self.start = [],set(),False,time.monotonic()
