@@ -9,7 +9,7 @@ __all__ = ['NoData', 'pack', 'unpack', 'get_rng', 'set_rng', 'random_state', 'se
            'set_rng_states', 'module_state', 'load_module', 'get_state', 'set_state', 'fit_state', 'set_fit_state',
            'items_of', 'items_sum', 'identity', 'differences', 'sync_folder', 'write', 'read', 'remove', 'ResumeFit']
 
-# %% ../nbs/02_resume.ipynb #3af93d4b
+# %% ../nbs/02_resume.ipynb #c1d90a19
 import os, random, signal, sys, threading, time, warnings
 from collections import Counter, OrderedDict, deque
 from contextlib import suppress
@@ -40,7 +40,7 @@ from torch.utils.data import Subset
 from . import __version__
 from .core import FitCallback, LoaderView, check, numbered_batches
 
-# %% ../nbs/02_resume.ipynb #2c42f270
+# %% ../nbs/02_resume.ipynb #ea839193
 class NoData(Exception): "It can't be written as plain data"
 
 _plain = type(None),bool,int,float,str,bytes
@@ -50,7 +50,7 @@ _kinds = dict( # what a file may hold beside that: how it is written, how it is 
     complex=(complex, lambda o: [o.real, o.imag], lambda o: complex(*o)), fraction=(Fraction, str, Fraction),
     path=(PurePath, str, Path))
 
-# %% ../nbs/02_resume.ipynb #2277e57a
+# %% ../nbs/02_resume.ipynb #597d2f05
 def pack(o):
     "`o` as plain containers, numbers, text and tensors, which `torch.load(weights_only=True)` reads; `NoData` for anything else"
     t = type(o)
@@ -65,7 +65,7 @@ def pack(o):
 
 def _tag(kind, o): return {'\0': kind, 'o': o}
 
-# %% ../nbs/02_resume.ipynb #9df9c9a4
+# %% ../nbs/02_resume.ipynb #715e542e
 def _pack_tensor(o):
     if isinstance(o, nn.Parameter): raise NoData('a parameter of the model')
     o = o.detach().as_subclass(torch.Tensor)
@@ -90,10 +90,11 @@ def _pack_list(o):
             return _tag('tensors', _pack_tensor(torch.stack([v.detach() for v in o])))
     return [pack(v) for v in o]
 
-# %% ../nbs/02_resume.ipynb #330ea1e1
+# %% ../nbs/02_resume.ipynb #7ca9f3ed
 def unpack(o):
     "What `pack` was given"
     if isinstance(o, list): return [unpack(v) for v in o]
+    if isinstance(o, torch.Tensor): return o.clone() # it is unpacked twice, and what is made of it may be changed in place
     if not isinstance(o, dict): return o
     if '\0' not in o: return {k: unpack(v) for k,v in o.items()}
     kind,o = o['\0'],o['o']
@@ -104,7 +105,7 @@ def unpack(o):
     if kind in ('scalars', 'tensors'): return list(unpack(o))
     return _kinds[kind][2](unpack(o))
 
-# %% ../nbs/02_resume.ipynb #fc0bd3ca
+# %% ../nbs/02_resume.ipynb #3210f258
 _generators = random.Random,torch.Generator,np.random.Generator,np.random.RandomState
 
 def get_rng(o):
@@ -117,7 +118,7 @@ def set_rng(o, state):
     elif isinstance(o, np.random.Generator): o.bit_generator.state = state
     else: o.set_state(state)
 
-# %% ../nbs/02_resume.ipynb #2902ba53
+# %% ../nbs/02_resume.ipynb #0790a87f
 def _accelerators(model):
     "The devices that have random numbers of their own, and how they are asked"
     devices = {o.device for o in (*model.parameters(), *model.buffers()) if o.device.type not in ('cpu', 'meta')}
@@ -137,7 +138,7 @@ def set_random_state(learn, state):
     for d,(m,args) in _accelerators(learn.model).items():
         if d in state['devices']: m.set_rng_state(state['devices'][d].cpu(), *args)
 
-# %% ../nbs/02_resume.ipynb #62ecf5d4
+# %% ../nbs/02_resume.ipynb #7a57f86f
 _of_order,_of_data = ('dl', 'sampler', 'batch_sampler'),('dl', 'dataset') # where a loader's own random numbers are
 
 def loader_rngs(dl, parts):
@@ -159,7 +160,7 @@ def _rngs_of_all(learn, parts):
     dls = getattr(learn.dls, 'loaders', (learn.dls.train, learn.dls.valid))
     return {f'{i}{k}': o for i,dl in enumerate(dls) for k,o in loader_rngs(dl, parts).items()}
 
-# %% ../nbs/02_resume.ipynb #26db1b59
+# %% ../nbs/02_resume.ipynb #9d2c1aef
 _module_attrs = {*vars(nn.Module())} # `training` among them: the phase sets it
 
 def module_state(m):
@@ -183,7 +184,7 @@ def load_module(m, state):
     for k,o in state['buffers'].items(): buffers[k].copy_(unpack(o))
     for k,attrs in state['attrs'].items(): vars(modules[k]).update(unpack(attrs))
 
-# %% ../nbs/02_resume.ipynb #64aeb5fe
+# %% ../nbs/02_resume.ipynb #d277dc56
 def _has_state(o):
     "Does it say itself what its state is? A callback seems to have each method of the model"
     return all(hasattr(type(o), f) or f in getattr(o, '__dict__', {}) for f in ('state_dict', 'load_state_dict'))
@@ -205,13 +206,13 @@ def get_state(o):
 def set_state(o, state):
     if isinstance(o, nn.Module): load_module(o, state)
     elif isinstance(o, _generators): set_rng(o, unpack(state))
-    elif _has_state(o): o.load_state_dict(unpack(state['own']) if 'own' in state else unpack(state))
+    elif _has_state(o): o.load_state_dict(unpack(state))
     elif 'attrs' in state:
         vars(o).update(unpack(state['attrs']))
         for k,v in state['parts'].items():
             if k in vars(o): set_state(vars(o)[k], v)
 
-# %% ../nbs/02_resume.ipynb #b10ec9c2
+# %% ../nbs/02_resume.ipynb #a63d8e42
 _counters = 'train_iter','pct_train','iter','smooth_loss','final_record','loss'
 
 def _named(cbs):
@@ -240,7 +241,7 @@ def fit_state(learn):
         rng=pack(random_state(learn)), loaders=pack(rng_states(_rngs_of_all(learn, _of_order))), time=time.time())
 
 def _cb_state(cb):
-    try: return get_state(cb) | _csv(cb)
+    try: return dict(state=get_state(cb)) | _csv(cb)
     except NoData as e: raise TypeError(f'`{type(cb).__name__}.state_dict()` has to be plain data, and holds a {e}') from None
 
 def _csv(cb):
@@ -248,7 +249,7 @@ def _csv(cb):
     cb.file.flush()
     return dict(csv=(cb.path/cb.fname).read_text())
 
-# %% ../nbs/02_resume.ipynb #33478a32
+# %% ../nbs/02_resume.ipynb #028fad0c
 def set_fit_state(learn, state, begin):
     "Make all that `fit_state` has looked at as it was; `begin` is where the fit begins, and not only a phase"
     model,opt = get_model(learn.model),learn.opt
@@ -256,7 +257,7 @@ def set_fit_state(learn, state, begin):
     for k,p in model.named_parameters():
         p.requires_grad_(k in state['trained'])
         g = state['grads'][k]
-        p.grad = None if g is None else unpack(g).to(p.device) if torch.is_tensor(g) or isinstance(g, dict) else torch.zeros_like(p)
+        p.grad = torch.zeros_like(p) if isinstance(g, int) else unpack(g)
     if state['loss'] and isinstance(learn.loss_func, nn.Module): load_module(learn.loss_func, state['loss'])
     opt.load_state_dict(unpack(state['opt']))
     opt.frozen_idx = state['frozen']
@@ -270,7 +271,7 @@ def set_fit_state(learn, state, begin):
 def _set_cb_state(cb, state, begin, ago):
     if state is None or isinstance(cb, FitCallback) and not begin: return
     if isinstance(cb, FitCallback): cb._begin()
-    set_state(cb, state)
+    set_state(cb, state['state'])
     if 'start_epoch' in vars(cb): cb.start_epoch += ago # the recorder's clock stood still
     if 'csv' in state:
         cb.file.seek(0)
@@ -278,7 +279,7 @@ def _set_cb_state(cb, state, begin, ago):
         cb.file.write(state['csv'])
         cb.file.flush()
 
-# %% ../nbs/02_resume.ipynb #7699536e
+# %% ../nbs/02_resume.ipynb #832625a5
 def _told(o):
     "`o` in words, if it says the same in every process"
     if isinstance(o, (type(None), bool, int, float, str, bytes, Enum, PurePath)): return repr(o)
@@ -290,7 +291,7 @@ def _arguments(cb):
     names = [o for o in signature(type(cb).__init__).parameters if o in vars(cb)]
     return {o: _told(vars(cb)[o]) for o in names}
 
-# %% ../nbs/02_resume.ipynb #f0263050
+# %% ../nbs/02_resume.ipynb #3d49247a
 def _item(o):
     "What can be told of an item of a data set without loading it"
     if isinstance(o, PurePath): return '/'.join(o.parts[-2:]) # the folder above may be elsewhere tomorrow
@@ -312,7 +313,7 @@ def items_sum(ds, n=1000):
     if not isinstance(items, list|tuple|L|np.ndarray|torch.Tensor) and not hasattr(items, 'get_loc'): return None
     return crc32(repr([_item(items[i*len(items)//n]) for i in range(n)] if len(items) > n else [_item(o) for o in items]).encode())
 
-# %% ../nbs/02_resume.ipynb #1d69cd4a
+# %% ../nbs/02_resume.ipynb #592f54f5
 def _length(o):
     try: return len(o)
     except TypeError: return None
@@ -354,7 +355,7 @@ def differences(a, b):
     return [f'{k}: {a.get(k, "none")} there, {b.get(k, "none")} here' for k in {**a, **b}
             if a.get(k) != b.get(k) and 'None' not in (a.get(k), b.get(k))]
 
-# %% ../nbs/02_resume.ipynb #63eb4cf6
+# %% ../nbs/02_resume.ipynb #676cc8c3
 def sync_folder(path):
     "A rename is on the disk when its folder is"
     if os.name == 'nt': return # where a folder can't be opened
@@ -385,7 +386,7 @@ def read(path):
 def remove(path):
     for o in path,path.with_suffix('.prev'),path.with_suffix('.new'): o.unlink(missing_ok=True)
 
-# %% ../nbs/02_resume.ipynb #6d1c61da
+# %% ../nbs/02_resume.ipynb #7ff0ba89
 class ResumeFit(FitCallback):
     "Go on with a fit that was cut off, as if it had not been"
     _in_call = _saved = _place = _handler = None
@@ -416,7 +417,7 @@ class ResumeFit(FitCallback):
     def after_fit(self):
         if self._in_fit and not self._looking: self._finish()
 
-# %% ../nbs/02_resume.ipynb #82ab40f9
+# %% ../nbs/02_resume.ipynb #5ab9fa58
 _running = WeakSet() # Learners in a fit that can go on; a fit inside it can't
 
 @patch
@@ -452,7 +453,7 @@ def _finish(self:ResumeFit):
     self._call.files.add(self._file)
     self._call.fits.append(dict(fit=self._fit, hypers=pack([{**h} for h in opt.hypers])))
 
-# %% ../nbs/02_resume.ipynb #96b08ea9
+# %% ../nbs/02_resume.ipynb #493a7f73
 def _around(learn, f, event_type, ex, final=noop):
     "fastai's `_with_events`, for a fit that may be cut off: here all handlers of an event are done, whatever their order"
     go = partial(type(learn)._with_events, learn)
@@ -462,7 +463,7 @@ def _around(learn, f, event_type, ex, final=noop):
     if wrap: wrap(f, partial(go, event_type=event_type, ex=ex, final=final))
     else: go(f, event_type, ex, final)
 
-# %% ../nbs/02_resume.ipynb #68ad8100
+# %% ../nbs/02_resume.ipynb #d1aa2755
 @patch
 def _epoch(self:ResumeFit, f, go):
     epoch,n = self.learn.epoch,self.learn.n_epoch
@@ -486,7 +487,7 @@ def _train(self:ResumeFit, f, go):
 @patch
 def _validate(self:ResumeFit, f, go): self._in_phase('validate', f, go)
 
-# %% ../nbs/02_resume.ipynb #8493303c
+# %% ../nbs/02_resume.ipynb #152cde35
 @patch
 def _in_phase(self:ResumeFit, phase, f, go):
     self._phase = phase
@@ -529,7 +530,7 @@ def _dropping(dl, k, ready):
     ready()
     yield from batches
 
-# %% ../nbs/02_resume.ipynb #b2eebb57
+# %% ../nbs/02_resume.ipynb #e2e34c5c
 @patch
 def _batch(self:ResumeFit, f, go):
     self._inside = True
@@ -546,7 +547,7 @@ def _watch(self:ResumeFit, f):
         if not self._signalled or self._inside or self._world > 1: raise
         self._stop((self.learn.epoch, self._phase, self._done))
 
-# %% ../nbs/02_resume.ipynb #e31413f7
+# %% ../nbs/02_resume.ipynb #5d94ebbe
 @patch
 def _moment(self:ResumeFit, place):
     "Between two batches or two epochs: save, or stop, if it is time"
@@ -580,7 +581,7 @@ def _stop(self:ResumeFit, place):
     self.warn_once(f'The fit was ended {why}, in epoch {place[0]} of 0 to {self.learn.n_epoch-1}. The same call goes on with it.')
     raise CancelFitException
 
-# %% ../nbs/02_resume.ipynb #d5e0ac1a
+# %% ../nbs/02_resume.ipynb #3a243c26
 @patch
 def _save(self:ResumeFit, place):
     start,learn = time.monotonic(),self.learn
@@ -593,7 +594,7 @@ def _save(self:ResumeFit, place):
     self._last = time.monotonic()
     self._cost = self._last-start
 
-# %% ../nbs/02_resume.ipynb #457564e1
+# %% ../nbs/02_resume.ipynb #61bc713d
 @patch
 def _find(self:ResumeFit):
     "Is there a file, and is it of this fit?"
@@ -628,7 +629,7 @@ def _refuse(self:ResumeFit, why):
     raise ValueError(f'`{self._file}` is not of this fit. {"; ".join(why[:5])}{more}. Make the call that it is of, '
                      'or give this fit another `fname`, or delete the file to start from nothing.')
 
-# %% ../nbs/02_resume.ipynb #e74308e9
+# %% ../nbs/02_resume.ipynb #18ff0ca6
 @patch
 def _read(self:ResumeFit):
     "The newest file that all processes can read"
@@ -655,7 +656,7 @@ def _shared(numbers, bad, world):
 
 def _world(learn): return dist.get_world_size() if hasattr(learn, 'distributed_trainer') and dist.is_initialized() else 1
 
-# %% ../nbs/02_resume.ipynb #9ae5eeeb
+# %% ../nbs/02_resume.ipynb #cac04958
 @patch
 def _listen(self:ResumeFit):
     "`SIGTERM` is what clusters and containers send; only the main thread can have a handler"
@@ -682,7 +683,7 @@ def _unlisten(self:ResumeFit):
     for o in sys.stdout,sys.stderr: o.flush()
     signal.raise_signal(signal.SIGTERM)
 
-# %% ../nbs/02_resume.ipynb #fd31fb0c
+# %% ../nbs/02_resume.ipynb #73e3bb5f
 class _Call:
     "The fits of one call of `fine_tune`"
     def __init__(self): self.fits,self.files,self.stopped,self.start = [],set(),False,time.monotonic()

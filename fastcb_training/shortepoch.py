@@ -181,6 +181,7 @@ class _Passes:
         "The next `n` batches, but for the first `skip` of them, which are not loaded if that can be; `ready` comes before the others"
         given,empty,self.ready = 0,False,ready
         while given < n:
+            if given >= skip: self._get_ready()
             if self.now is None:
                 if given: self.new_pass()
                 self._begin()
@@ -320,11 +321,9 @@ class _Part:
 # %% ../nbs/01_shortepoch.ipynb #5d000014
 @patch
 def after_train(self:ShortEpochCallback):
-    if self._passes and self._resets: self._memory = _memory(self.learn.model)
-
-@patch
-def after_epoch(self:ShortEpochCallback):
-    if self._passes: self._passes.mark() # what is saved from here on goes on here
+    if not self._passes: return
+    self._passes.mark() # what is saved from here on, in validation too, goes on here
+    if self._resets: self._memory = _memory(self.learn.model)
 
 @patch
 def _remember(self:ShortEpochCallback):
