@@ -9,7 +9,7 @@ __all__ = ['NoData', 'pack', 'unpack', 'get_rng', 'set_rng', 'random_state', 'se
            'set_rng_states', 'module_state', 'load_module', 'get_state', 'set_state', 'fit_state', 'set_fit_state',
            'items_of', 'items_sum', 'identity', 'differences', 'sync_folder', 'write', 'read', 'remove', 'ResumeFit']
 
-# %% ../nbs/02_resume.ipynb #c1d90a19
+# %% ../nbs/02_resume.ipynb #778295b6
 import os, random, signal, sys, threading, time, warnings
 from collections import Counter, OrderedDict, deque
 from contextlib import suppress
@@ -40,7 +40,7 @@ from torch.utils.data import Subset
 from . import __version__
 from .core import FitCallback, LoaderView, check, numbered_batches
 
-# %% ../nbs/02_resume.ipynb #ea839193
+# %% ../nbs/02_resume.ipynb #677e3028
 class NoData(Exception): "It can't be written as plain data"
 
 _plain = type(None),bool,int,float,str,bytes
@@ -50,7 +50,7 @@ _kinds = dict( # what a file may hold beside that: how it is written, how it is 
     complex=(complex, lambda o: [o.real, o.imag], lambda o: complex(*o)), fraction=(Fraction, str, Fraction),
     path=(PurePath, str, Path))
 
-# %% ../nbs/02_resume.ipynb #597d2f05
+# %% ../nbs/02_resume.ipynb #c58fe5dc
 def pack(o):
     "`o` as plain containers, numbers, text and tensors, which `torch.load(weights_only=True)` reads; `NoData` for anything else"
     t = type(o)
@@ -65,7 +65,7 @@ def pack(o):
 
 def _tag(kind, o): return {'\0': kind, 'o': o}
 
-# %% ../nbs/02_resume.ipynb #715e542e
+# %% ../nbs/02_resume.ipynb #99f7c148
 def _pack_tensor(o):
     if isinstance(o, nn.Parameter): raise NoData('a parameter of the model')
     o = o.detach().as_subclass(torch.Tensor)
@@ -90,7 +90,7 @@ def _pack_list(o):
             return _tag('tensors', _pack_tensor(torch.stack([v.detach() for v in o])))
     return [pack(v) for v in o]
 
-# %% ../nbs/02_resume.ipynb #7ca9f3ed
+# %% ../nbs/02_resume.ipynb #8de6d525
 def unpack(o):
     "What `pack` was given"
     if isinstance(o, list): return [unpack(v) for v in o]
@@ -105,7 +105,7 @@ def unpack(o):
     if kind in ('scalars', 'tensors'): return list(unpack(o))
     return _kinds[kind][2](unpack(o))
 
-# %% ../nbs/02_resume.ipynb #3210f258
+# %% ../nbs/02_resume.ipynb #08828362
 _generators = random.Random,torch.Generator,np.random.Generator,np.random.RandomState
 
 def get_rng(o):
@@ -118,7 +118,7 @@ def set_rng(o, state):
     elif isinstance(o, np.random.Generator): o.bit_generator.state = state
     else: o.set_state(state)
 
-# %% ../nbs/02_resume.ipynb #0790a87f
+# %% ../nbs/02_resume.ipynb #136de8cb
 def _accelerators(model):
     "The devices that have random numbers of their own, and how they are asked"
     devices = {o.device for o in (*model.parameters(), *model.buffers()) if o.device.type not in ('cpu', 'meta')}
@@ -138,7 +138,7 @@ def set_random_state(learn, state):
     for d,(m,args) in _accelerators(learn.model).items():
         if d in state['devices']: m.set_rng_state(state['devices'][d].cpu(), *args)
 
-# %% ../nbs/02_resume.ipynb #7a57f86f
+# %% ../nbs/02_resume.ipynb #a0ba2111
 _of_order,_of_data = ('dl', 'sampler', 'batch_sampler'),('dl', 'dataset') # where a loader's own random numbers are
 
 def loader_rngs(dl, parts):
@@ -160,7 +160,7 @@ def _rngs_of_all(learn, parts):
     dls = getattr(learn.dls, 'loaders', (learn.dls.train, learn.dls.valid))
     return {f'{i}{k}': o for i,dl in enumerate(dls) for k,o in loader_rngs(dl, parts).items()}
 
-# %% ../nbs/02_resume.ipynb #9d2c1aef
+# %% ../nbs/02_resume.ipynb #054a2a41
 _module_attrs = {*vars(nn.Module())} # `training` among them: the phase sets it
 
 def module_state(m):
@@ -184,7 +184,7 @@ def load_module(m, state):
     for k,o in state['buffers'].items(): buffers[k].copy_(unpack(o))
     for k,attrs in state['attrs'].items(): vars(modules[k]).update(unpack(attrs))
 
-# %% ../nbs/02_resume.ipynb #d277dc56
+# %% ../nbs/02_resume.ipynb #93675ed6
 def _has_state(o):
     "Does it say itself what its state is? A callback seems to have each method of the model"
     return all(hasattr(type(o), f) or f in getattr(o, '__dict__', {}) for f in ('state_dict', 'load_state_dict'))
@@ -212,7 +212,7 @@ def set_state(o, state):
         for k,v in state['parts'].items():
             if k in vars(o): set_state(vars(o)[k], v)
 
-# %% ../nbs/02_resume.ipynb #a63d8e42
+# %% ../nbs/02_resume.ipynb #c1951597
 _counters = 'train_iter','pct_train','iter','smooth_loss','final_record','loss'
 
 def _named(cbs):
@@ -249,7 +249,7 @@ def _csv(cb):
     cb.file.flush()
     return dict(csv=(cb.path/cb.fname).read_text())
 
-# %% ../nbs/02_resume.ipynb #028fad0c
+# %% ../nbs/02_resume.ipynb #1da49d6f
 def set_fit_state(learn, state, begin):
     "Make all that `fit_state` has looked at as it was; `begin` is where the fit begins, and not only a phase"
     model,opt = get_model(learn.model),learn.opt
@@ -279,7 +279,7 @@ def _set_cb_state(cb, state, begin, ago):
         cb.file.write(state['csv'])
         cb.file.flush()
 
-# %% ../nbs/02_resume.ipynb #832625a5
+# %% ../nbs/02_resume.ipynb #afc8d446
 def _told(o):
     "`o` in words, if it says the same in every process"
     if isinstance(o, (type(None), bool, int, float, str, bytes, Enum, PurePath)): return repr(o)
@@ -291,7 +291,7 @@ def _arguments(cb):
     names = [o for o in signature(type(cb).__init__).parameters if o in vars(cb)]
     return {o: _told(vars(cb)[o]) for o in names}
 
-# %% ../nbs/02_resume.ipynb #3d49247a
+# %% ../nbs/02_resume.ipynb #1a82a5ac
 def _item(o):
     "What can be told of an item of a data set without loading it"
     if isinstance(o, PurePath): return '/'.join(o.parts[-2:]) # the folder above may be elsewhere tomorrow
@@ -313,7 +313,7 @@ def items_sum(ds, n=1000):
     if not isinstance(items, list|tuple|L|np.ndarray|torch.Tensor) and not hasattr(items, 'get_loc'): return None
     return crc32(repr([_item(items[i*len(items)//n]) for i in range(n)] if len(items) > n else [_item(o) for o in items]).encode())
 
-# %% ../nbs/02_resume.ipynb #592f54f5
+# %% ../nbs/02_resume.ipynb #583a5c87
 def _length(o):
     try: return len(o)
     except TypeError: return None
@@ -355,7 +355,7 @@ def differences(a, b):
     return [f'{k}: {a.get(k, "none")} there, {b.get(k, "none")} here' for k in {**a, **b}
             if a.get(k) != b.get(k) and 'None' not in (a.get(k), b.get(k))]
 
-# %% ../nbs/02_resume.ipynb #676cc8c3
+# %% ../nbs/02_resume.ipynb #d82ac4cb
 def sync_folder(path):
     "A rename is on the disk when its folder is"
     if os.name == 'nt': return # where a folder can't be opened
@@ -386,7 +386,7 @@ def read(path):
 def remove(path):
     for o in path,path.with_suffix('.prev'),path.with_suffix('.new'): o.unlink(missing_ok=True)
 
-# %% ../nbs/02_resume.ipynb #7ff0ba89
+# %% ../nbs/02_resume.ipynb #e6f99cb8
 class ResumeFit(FitCallback):
     "Go on with a fit that was cut off, as if it had not been"
     _in_call = _saved = _place = _handler = None
@@ -417,7 +417,7 @@ class ResumeFit(FitCallback):
     def after_fit(self):
         if self._in_fit and not self._looking: self._finish()
 
-# %% ../nbs/02_resume.ipynb #5ab9fa58
+# %% ../nbs/02_resume.ipynb #aaca8529
 _running = WeakSet() # Learners in a fit that can go on; a fit inside it can't
 
 @patch
@@ -453,7 +453,7 @@ def _finish(self:ResumeFit):
     self._call.files.add(self._file)
     self._call.fits.append(dict(fit=self._fit, hypers=pack([{**h} for h in opt.hypers])))
 
-# %% ../nbs/02_resume.ipynb #493a7f73
+# %% ../nbs/02_resume.ipynb #576e9434
 def _around(learn, f, event_type, ex, final=noop):
     "fastai's `_with_events`, for a fit that may be cut off: here all handlers of an event are done, whatever their order"
     go = partial(type(learn)._with_events, learn)
@@ -463,7 +463,7 @@ def _around(learn, f, event_type, ex, final=noop):
     if wrap: wrap(f, partial(go, event_type=event_type, ex=ex, final=final))
     else: go(f, event_type, ex, final)
 
-# %% ../nbs/02_resume.ipynb #d1aa2755
+# %% ../nbs/02_resume.ipynb #25e256a3
 @patch
 def _epoch(self:ResumeFit, f, go):
     epoch,n = self.learn.epoch,self.learn.n_epoch
@@ -487,7 +487,7 @@ def _train(self:ResumeFit, f, go):
 @patch
 def _validate(self:ResumeFit, f, go): self._in_phase('validate', f, go)
 
-# %% ../nbs/02_resume.ipynb #152cde35
+# %% ../nbs/02_resume.ipynb #9ce1daf7
 @patch
 def _in_phase(self:ResumeFit, phase, f, go):
     self._phase = phase
@@ -530,7 +530,7 @@ def _dropping(dl, k, ready):
     ready()
     yield from batches
 
-# %% ../nbs/02_resume.ipynb #e2e34c5c
+# %% ../nbs/02_resume.ipynb #f0ad4102
 @patch
 def _batch(self:ResumeFit, f, go):
     self._inside = True
@@ -547,7 +547,7 @@ def _watch(self:ResumeFit, f):
         if not self._signalled or self._inside or self._world > 1: raise
         self._stop((self.learn.epoch, self._phase, self._done))
 
-# %% ../nbs/02_resume.ipynb #5d94ebbe
+# %% ../nbs/02_resume.ipynb #17315766
 @patch
 def _moment(self:ResumeFit, place):
     "Between two batches or two epochs: save, or stop, if it is time"
@@ -581,7 +581,7 @@ def _stop(self:ResumeFit, place):
     self.warn_once(f'The fit was ended {why}, in epoch {place[0]} of 0 to {self.learn.n_epoch-1}. The same call goes on with it.')
     raise CancelFitException
 
-# %% ../nbs/02_resume.ipynb #3a243c26
+# %% ../nbs/02_resume.ipynb #5ebd338d
 @patch
 def _save(self:ResumeFit, place):
     start,learn = time.monotonic(),self.learn
@@ -594,7 +594,7 @@ def _save(self:ResumeFit, place):
     self._last = time.monotonic()
     self._cost = self._last-start
 
-# %% ../nbs/02_resume.ipynb #61bc713d
+# %% ../nbs/02_resume.ipynb #22177ded
 @patch
 def _find(self:ResumeFit):
     "Is there a file, and is it of this fit?"
@@ -629,7 +629,7 @@ def _refuse(self:ResumeFit, why):
     raise ValueError(f'`{self._file}` is not of this fit. {"; ".join(why[:5])}{more}. Make the call that it is of, '
                      'or give this fit another `fname`, or delete the file to start from nothing.')
 
-# %% ../nbs/02_resume.ipynb #18ff0ca6
+# %% ../nbs/02_resume.ipynb #e4fe5fda
 @patch
 def _read(self:ResumeFit):
     "The newest file that all processes can read"
@@ -656,7 +656,7 @@ def _shared(numbers, bad, world):
 
 def _world(learn): return dist.get_world_size() if hasattr(learn, 'distributed_trainer') and dist.is_initialized() else 1
 
-# %% ../nbs/02_resume.ipynb #cac04958
+# %% ../nbs/02_resume.ipynb #d3f9fd30
 @patch
 def _listen(self:ResumeFit):
     "`SIGTERM` is what clusters and containers send; only the main thread can have a handler"
@@ -683,7 +683,7 @@ def _unlisten(self:ResumeFit):
     for o in sys.stdout,sys.stderr: o.flush()
     signal.raise_signal(signal.SIGTERM)
 
-# %% ../nbs/02_resume.ipynb #73e3bb5f
+# %% ../nbs/02_resume.ipynb #c57afd5c
 class _Call:
     "The fits of one call of `fine_tune`"
     def __init__(self): self.fits,self.files,self.stopped,self.start = [],set(),False,time.monotonic()

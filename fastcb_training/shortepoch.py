@@ -376,7 +376,8 @@ def _kept(self:ShortEpochCallback, n):
 def state_dict(self:ShortEpochCallback):
     "What it takes to see the same batches in a fit that goes on in another process"
     if self._passes: return dict(passes=self._passes.state(), memory=self._memory)
-    return dict(same=self._same.batches) if self._same else {}
+    if self._same: return dict(same=self._same.batches)
+    return dict(passes=self._state, memory=self._memory) if self._state else {} # loaded, and not gone on with yet
 
 @patch
 def load_state_dict(self:ShortEpochCallback, state): 
