@@ -9,7 +9,7 @@ __all__ = ['NoData', 'pack', 'unpack', 'get_rng', 'set_rng', 'random_state', 'se
            'set_rng_states', 'module_state', 'load_module', 'get_state', 'set_state', 'fit_state', 'set_fit_state',
            'items_of', 'items_sum', 'identity', 'differences', 'sync_folder', 'write', 'read', 'remove', 'ResumeFit']
 
-# %% ../nbs/02_resume.ipynb #778295b6
+# %% ../nbs/02_resume.ipynb #9185e927
 import os, random, signal, sys, threading, time, warnings
 from collections import Counter, OrderedDict, deque
 from contextlib import suppress
@@ -30,9 +30,10 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.callback.schedule import LRFinder, ParamScheduler
+from fastai.imports import noop
 from fastai.learner import Learner, Metric
 from fastai.torch_core import get_model
-from fastcore.basics import noop, patch, patch_to, store_attr
+from fastcore.basics import patch, patch_to, store_attr
 from fastcore.foundation import L
 from torch import distributed as dist, nn
 from torch.utils.data import Subset
@@ -40,7 +41,7 @@ from torch.utils.data import Subset
 from . import __version__
 from .core import FitCallback, LoaderView, check, numbered_batches
 
-# %% ../nbs/02_resume.ipynb #677e3028
+# %% ../nbs/02_resume.ipynb #f2d29ae1
 class NoData(Exception): "It can't be written as plain data"
 
 _plain = type(None),bool,int,float,str,bytes
@@ -50,7 +51,7 @@ _kinds = dict( # what a file may hold beside that: how it is written, how it is 
     complex=(complex, lambda o: [o.real, o.imag], lambda o: complex(*o)), fraction=(Fraction, str, Fraction),
     path=(PurePath, str, Path))
 
-# %% ../nbs/02_resume.ipynb #c58fe5dc
+# %% ../nbs/02_resume.ipynb #67d27305
 def pack(o):
     "`o` as plain containers, numbers, text and tensors, which `torch.load(weights_only=True)` reads; `NoData` for anything else"
     t = type(o)
@@ -65,7 +66,7 @@ def pack(o):
 
 def _tag(kind, o): return {'\0': kind, 'o': o}
 
-# %% ../nbs/02_resume.ipynb #99f7c148
+# %% ../nbs/02_resume.ipynb #2f444bfc
 def _pack_tensor(o):
     if isinstance(o, nn.Parameter): raise NoData('a parameter of the model')
     o = o.detach().as_subclass(torch.Tensor)
@@ -90,7 +91,7 @@ def _pack_list(o):
             return _tag('tensors', _pack_tensor(torch.stack([v.detach() for v in o])))
     return [pack(v) for v in o]
 
-# %% ../nbs/02_resume.ipynb #8de6d525
+# %% ../nbs/02_resume.ipynb #233d0f38
 def unpack(o):
     "What `pack` was given"
     if isinstance(o, list): return [unpack(v) for v in o]
@@ -105,7 +106,7 @@ def unpack(o):
     if kind in ('scalars', 'tensors'): return list(unpack(o))
     return _kinds[kind][2](unpack(o))
 
-# %% ../nbs/02_resume.ipynb #08828362
+# %% ../nbs/02_resume.ipynb #1165ef3f
 _generators = random.Random,torch.Generator,np.random.Generator,np.random.RandomState
 
 def get_rng(o):
@@ -118,7 +119,7 @@ def set_rng(o, state):
     elif isinstance(o, np.random.Generator): o.bit_generator.state = state
     else: o.set_state(state)
 
-# %% ../nbs/02_resume.ipynb #136de8cb
+# %% ../nbs/02_resume.ipynb #65d438c0
 def _accelerators(model):
     "The devices that have random numbers of their own, and how they are asked"
     devices = {o.device for o in (*model.parameters(), *model.buffers()) if o.device.type not in ('cpu', 'meta')}
@@ -138,7 +139,7 @@ def set_random_state(learn, state):
     for d,(m,args) in _accelerators(learn.model).items():
         if d in state['devices']: m.set_rng_state(state['devices'][d].cpu(), *args)
 
-# %% ../nbs/02_resume.ipynb #a0ba2111
+# %% ../nbs/02_resume.ipynb #40847a63
 _of_order,_of_data = ('dl', 'sampler', 'batch_sampler'),('dl', 'dataset') # where a loader's own random numbers are
 
 def loader_rngs(dl, parts):
@@ -160,7 +161,7 @@ def _rngs_of_all(learn, parts):
     dls = getattr(learn.dls, 'loaders', (learn.dls.train, learn.dls.valid))
     return {f'{i}{k}': o for i,dl in enumerate(dls) for k,o in loader_rngs(dl, parts).items()}
 
-# %% ../nbs/02_resume.ipynb #054a2a41
+# %% ../nbs/02_resume.ipynb #16e78d58
 _module_attrs = {*vars(nn.Module())} # `training` among them: the phase sets it
 
 def module_state(m):
@@ -184,7 +185,7 @@ def load_module(m, state):
     for k,o in state['buffers'].items(): buffers[k].copy_(unpack(o))
     for k,attrs in state['attrs'].items(): vars(modules[k]).update(unpack(attrs))
 
-# %% ../nbs/02_resume.ipynb #93675ed6
+# %% ../nbs/02_resume.ipynb #590c8a13
 def _has_state(o):
     "Does it say itself what its state is? A callback seems to have each method of the model"
     return all(hasattr(type(o), f) or f in getattr(o, '__dict__', {}) for f in ('state_dict', 'load_state_dict'))
@@ -212,7 +213,7 @@ def set_state(o, state):
         for k,v in state['parts'].items():
             if k in vars(o): set_state(vars(o)[k], v)
 
-# %% ../nbs/02_resume.ipynb #c1951597
+# %% ../nbs/02_resume.ipynb #73f5af79
 _counters = 'train_iter','pct_train','iter','smooth_loss','final_record','loss'
 
 def _named(cbs):
@@ -249,7 +250,7 @@ def _csv(cb):
     cb.file.flush()
     return dict(csv=(cb.path/cb.fname).read_text())
 
-# %% ../nbs/02_resume.ipynb #1da49d6f
+# %% ../nbs/02_resume.ipynb #17e2ea3f
 def set_fit_state(learn, state, begin):
     "Make all that `fit_state` has looked at as it was; `begin` is where the fit begins, and not only a phase"
     model,opt = get_model(learn.model),learn.opt
@@ -279,7 +280,7 @@ def _set_cb_state(cb, state, begin, ago):
         cb.file.write(state['csv'])
         cb.file.flush()
 
-# %% ../nbs/02_resume.ipynb #afc8d446
+# %% ../nbs/02_resume.ipynb #5691e252
 def _told(o):
     "`o` in words, if it says the same in every process"
     if isinstance(o, (type(None), bool, int, float, str, bytes, Enum, PurePath)): return repr(o)
@@ -291,7 +292,7 @@ def _arguments(cb):
     names = [o for o in signature(type(cb).__init__).parameters if o in vars(cb)]
     return {o: _told(vars(cb)[o]) for o in names}
 
-# %% ../nbs/02_resume.ipynb #1a82a5ac
+# %% ../nbs/02_resume.ipynb #c7e6fba8
 def _item(o):
     "What can be told of an item of a data set without loading it"
     if isinstance(o, PurePath): return '/'.join(o.parts[-2:]) # the folder above may be elsewhere tomorrow
@@ -313,7 +314,7 @@ def items_sum(ds, n=1000):
     if not isinstance(items, list|tuple|L|np.ndarray|torch.Tensor) and not hasattr(items, 'get_loc'): return None
     return crc32(repr([_item(items[i*len(items)//n]) for i in range(n)] if len(items) > n else [_item(o) for o in items]).encode())
 
-# %% ../nbs/02_resume.ipynb #583a5c87
+# %% ../nbs/02_resume.ipynb #e41de8c8
 def _length(o):
     try: return len(o)
     except TypeError: return None
@@ -328,7 +329,7 @@ def identity(learn):
     "What a fit can be told from another one by; it is the same when the same call is made again"
     scheds = {k: v for cb in learn.cbs if isinstance(cb, ParamScheduler) for k,v in cb.scheds.items()}
     model,opt = get_model(learn.model),learn.opt
-    res = {'epochs': learn.n_epoch, 'loss': _told(learn.loss_func), 'device': str(getattr(learn.dls, 'device', None)).partition(':')[0],
+    res = {'epochs': learn.n_epoch, 'loss': _named_loss(learn.loss_func), 'device': str(getattr(learn.dls, 'device', None)).partition(':')[0],
         'processes': _world(learn), 'optimizer': _told(getattr(opt, 'opt', opt).__class__), 'steps of the optimizer': _told(getattr(opt, 'cbs', None)),
         'parameters by group': str([len(o) for o in opt.param_lists])}
     for k in opt.hypers[0]:
@@ -344,6 +345,10 @@ def identity(learn):
         for a,v in _arguments(cb).items(): res[f'`{a}` of {k}'] = v
     return res
 
+def _named_loss(o):
+    told = repr(o)
+    return _told(o) if hasattr(o, '__name__') or ' at 0x' in told else told
+
 def _shape(o): return 'lazy' if isinstance(o, nn.parameter.UninitializedTensorMixin) else list(o.shape)
 def _sample(f, pos):
     if isinstance(f, list|L): return [_sample(o, pos) for o in f]
@@ -355,7 +360,7 @@ def differences(a, b):
     return [f'{k}: {a.get(k, "none")} there, {b.get(k, "none")} here' for k in {**a, **b}
             if a.get(k) != b.get(k) and 'None' not in (a.get(k), b.get(k))]
 
-# %% ../nbs/02_resume.ipynb #d82ac4cb
+# %% ../nbs/02_resume.ipynb #a343bb3a
 def sync_folder(path):
     "A rename is on the disk when its folder is"
     if os.name == 'nt': return # where a folder can't be opened
@@ -386,7 +391,7 @@ def read(path):
 def remove(path):
     for o in path,path.with_suffix('.prev'),path.with_suffix('.new'): o.unlink(missing_ok=True)
 
-# %% ../nbs/02_resume.ipynb #e6f99cb8
+# %% ../nbs/02_resume.ipynb #e36c98b9
 class ResumeFit(FitCallback):
     "Go on with a fit that was cut off, as if it had not been"
     _in_call = _saved = _place = _handler = None
@@ -417,13 +422,13 @@ class ResumeFit(FitCallback):
     def after_fit(self):
         if self._in_fit and not self._looking: self._finish()
 
-# %% ../nbs/02_resume.ipynb #aaca8529
+# %% ../nbs/02_resume.ipynb #0692d0f3
 _running = WeakSet() # Learners in a fit that can go on; a fit inside it can't
 
 @patch
 def start_fit(self:ResumeFit):
     learn = self.learn
-    vars(self).update(stopped=False, _passed=False, _signalled=False, _phase=None, _inside=False, _checked=False, _saved=None, _place=None)
+    vars(self).update(stopped=False, _passed=None, _signalled=False, _phase=None, _inside=False, _checked=False, _saved=None, _place=None)
     self._call,self._world = vars(learn).get('_call_of_fits'),_world(learn)
     self._start = self._last = self._asked = time.monotonic()
     self._number,self._cost,self._skip,self._n_asked = 0,0.,1,0
@@ -453,7 +458,7 @@ def _finish(self:ResumeFit):
     self._call.files.add(self._file)
     self._call.fits.append(dict(fit=self._fit, hypers=pack([{**h} for h in opt.hypers])))
 
-# %% ../nbs/02_resume.ipynb #576e9434
+# %% ../nbs/02_resume.ipynb #fe14db8d
 def _around(learn, f, event_type, ex, final=noop):
     "fastai's `_with_events`, for a fit that may be cut off: here all handlers of an event are done, whatever their order"
     go = partial(type(learn)._with_events, learn)
@@ -463,7 +468,7 @@ def _around(learn, f, event_type, ex, final=noop):
     if wrap: wrap(f, partial(go, event_type=event_type, ex=ex, final=final))
     else: go(f, event_type, ex, final)
 
-# %% ../nbs/02_resume.ipynb #25e256a3
+# %% ../nbs/02_resume.ipynb #3bfcf7a9
 @patch
 def _epoch(self:ResumeFit, f, go):
     epoch,n = self.learn.epoch,self.learn.n_epoch
@@ -487,7 +492,7 @@ def _train(self:ResumeFit, f, go):
 @patch
 def _validate(self:ResumeFit, f, go): self._in_phase('validate', f, go)
 
-# %% ../nbs/02_resume.ipynb #9ce1daf7
+# %% ../nbs/02_resume.ipynb #2466d384
 @patch
 def _in_phase(self:ResumeFit, phase, f, go):
     self._phase = phase
@@ -530,7 +535,7 @@ def _dropping(dl, k, ready):
     ready()
     yield from batches
 
-# %% ../nbs/02_resume.ipynb #f0ad4102
+# %% ../nbs/02_resume.ipynb #1f4b081a
 @patch
 def _batch(self:ResumeFit, f, go):
     self._inside = True
@@ -547,7 +552,7 @@ def _watch(self:ResumeFit, f):
         if not self._signalled or self._inside or self._world > 1: raise
         self._stop((self.learn.epoch, self._phase, self._done))
 
-# %% ../nbs/02_resume.ipynb #17315766
+# %% ../nbs/02_resume.ipynb #9d878f6b
 @patch
 def _moment(self:ResumeFit, place):
     "Between two batches or two epochs: save, or stop, if it is time"
@@ -581,7 +586,7 @@ def _stop(self:ResumeFit, place):
     self.warn_once(f'The fit was ended {why}, in epoch {place[0]} of 0 to {self.learn.n_epoch-1}. The same call goes on with it.')
     raise CancelFitException
 
-# %% ../nbs/02_resume.ipynb #5ebd338d
+# %% ../nbs/02_resume.ipynb #4ed4e289
 @patch
 def _save(self:ResumeFit, place):
     start,learn = time.monotonic(),self.learn
@@ -594,7 +599,7 @@ def _save(self:ResumeFit, place):
     self._last = time.monotonic()
     self._cost = self._last-start
 
-# %% ../nbs/02_resume.ipynb #22177ded
+# %% ../nbs/02_resume.ipynb #f588f34c
 @patch
 def _find(self:ResumeFit):
     "Is there a file, and is it of this fit?"
@@ -621,7 +626,7 @@ def _where(self:ResumeFit):
 @patch
 def _pass(self:ResumeFit, fit=None):
     "All epochs are passed by: the fit is over, or a fit before it was ended before its time"
-    self._passed,self._place = fit,(inf, None, 0)
+    self._passed,self._place,self.stopped = fit,(inf, None, 0),fit is None
 
 @patch
 def _refuse(self:ResumeFit, why):
@@ -629,7 +634,7 @@ def _refuse(self:ResumeFit, why):
     raise ValueError(f'`{self._file}` is not of this fit. {"; ".join(why[:5])}{more}. Make the call that it is of, '
                      'or give this fit another `fname`, or delete the file to start from nothing.')
 
-# %% ../nbs/02_resume.ipynb #e4fe5fda
+# %% ../nbs/02_resume.ipynb #3f509067
 @patch
 def _read(self:ResumeFit):
     "The newest file that all processes can read"
@@ -656,7 +661,7 @@ def _shared(numbers, bad, world):
 
 def _world(learn): return dist.get_world_size() if hasattr(learn, 'distributed_trainer') and dist.is_initialized() else 1
 
-# %% ../nbs/02_resume.ipynb #d3f9fd30
+# %% ../nbs/02_resume.ipynb #b09f379b
 @patch
 def _listen(self:ResumeFit):
     "`SIGTERM` is what clusters and containers send; only the main thread can have a handler"
@@ -683,7 +688,7 @@ def _unlisten(self:ResumeFit):
     for o in sys.stdout,sys.stderr: o.flush()
     signal.raise_signal(signal.SIGTERM)
 
-# %% ../nbs/02_resume.ipynb #c57afd5c
+# %% ../nbs/02_resume.ipynb #80e0d4d1
 class _Call:
     "The fits of one call of `fine_tune`"
     def __init__(self): self.fits,self.files,self.stopped,self.start = [],set(),False,time.monotonic()

@@ -80,7 +80,7 @@ def loaders(workers=0, n=44, bs=8, cls=DataLoader, draws=True, generator=False):
     def dl(n, shuffle):
         if cls is DataLoader: return DataLoader(Noisy(n, draws), bs=bs, shuffle=shuffle, num_workers=workers)
         return cls(Noisy(n, draws), batch_size=bs, shuffle=shuffle, num_workers=workers, generator=torch.Generator() if generator else None)
-    return DataLoaders(dl(n, True), dl(20, False), device='cpu')
+    return DataLoaders(dl(n, True), dl(20, True), device='cpu')
 
 def learner(folder, dls=None, model=None, loss_func=None, **kwargs):
     set_seed(7)

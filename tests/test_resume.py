@@ -3,7 +3,6 @@
 Real processes are killed, each forked from one that has everything imported (interrupted.py). What needs no process is cut off
 by an exception. TEST_DEATHS=100 in the environment adds as many random deaths."""
 import json, pickle, random as rnd, signal, subprocess, threading, warnings
-from contextlib import suppress
 from collections import OrderedDict, deque
 from copy import copy, deepcopy
 from fractions import Fraction
@@ -119,8 +118,18 @@ def fitted(folder, make, at=None):
     folder.mkdir(exist_ok=True)
     Cuts.at = at
     learn = make(folder)
-    with suppress(Cut): learn.todo()
+    try: learn.todo()
+    except Cut: leave_autocast()
     return learn
+
+def leave_autocast():
+    "fastai's mixed precision leaves it on when a batch fails"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        if not torch.is_autocast_cpu_enabled(): return
+        torch.set_autocast_cpu_enabled(False)
+    torch.autocast_decrement_nesting()
+    torch.clear_autocast_cache()
 
 def richly(folder, cbs=(), n_epoch=3, **kwargs):
     "A Learner with something of everything that is kept; `todo` fits"
@@ -128,7 +137,7 @@ def richly(folder, cbs=(), n_epoch=3, **kwargs):
     learn.recorder.train_metrics = True
     learn.resumes = Kept()
     learn.todo = lambda: learn.fit_one_cycle(n_epoch, .05, cbs=[
-        learn.resumes, Cuts(), Seen(), Every2(), CSVLogger(), SaveModelCallback(), CpuMixedPrecision(init_scale=2.**20, growth_interval=3), _Last(), *cbs])
+        learn.resumes, Cuts(), Seen(), Every2(), CSVLogger(), SaveModelCallback(), CpuMixedPrecision(init_scale=2.**10, growth_interval=3), _Last(), *cbs])
     return learn
 
 @pytest.fixture(scope='module')
@@ -187,23 +196,14 @@ pieces = dict(
     csv=dropped('state', 'cbs', 'CSVLogger.0', 'csv'), own_state=dropped('state', 'cbs', 'Every2.0'),
     batch=lambda saved: saved['place'].__setitem__(2, saved['place'][2]-1), epoch=lambda saved: saved['place'].__setitem__(0, 0))
 
-def noted(learn, folder):
-    "The outcome, and what the trackers know"
-    return outcome(folder, learn)
-
 @pytest.mark.parametrize('piece', pieces)
 def test_each_piece_is_needed(piece, whole, tmp_path):
     "Cut off in the second epoch with a window half full; without any one piece something else comes out"
-    fitted(tmp_path, richly, ('after_batch', 14)) # 6 and 3 batches, and the fifth of the second epoch
-    assert torch.load(file_of(tmp_path), weights_only=True)['place'] == [1, 'train', 4]
+    fitted(tmp_path, richly, ('after_batch', 13)) # 6 and 3 batches, and the fourth of the second epoch
+    assert torch.load(file_of(tmp_path), weights_only=True)['place'] == [1, 'train', 3]
     change(tmp_path, pieces[piece])
-    trackers = []
-    class Best(Callback):
-        order = 61.5
-        def after_epoch(self): trackers.append(self.save_model.new_best)
     try: diff = differs(whole, outcome(tmp_path, fitted(tmp_path, richly)))
     except Exception as e: diff = [e]
-    if piece == 'tracker': diff = diff or (['best'] if 'Better model found at epoch 1' in '' else ['best'])
     assert bool(diff) == (piece != 'none'), diff
 
 @pytest.mark.parametrize('at', [('before_epoch', 1), ('before_train', 2), ('before_batch', 1), ('after_pred', 7), ('after_batch', 8), ('after_validate', 1),
@@ -251,6 +251,7 @@ def test_nothing_is_loaded_again(tmp_path):
 # Files
 
 def simple(folder, n_epoch=3, lr=.05, cbs=(), n=44, bs=8, shuffle=True, model=None, opt=partial(SGD, mom=.9), loss=None, every=0., fname='resume', wd=None, ds=None):
+    set_seed(7)
     dls = DataLoaders(DataLoader(ds or Noisy(n), bs=bs, shuffle=shuffle), DataLoader(Noisy(20), bs=8), device='cpu')
     learn = learner(folder, dls, model, loss, opt_func=opt)
     learn.resumes = ResumeFit(fname, every=every)
@@ -305,7 +306,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
     expected = fitted(tmp_path/'whole', simple)
     monkeypatch.setattr(torch, 'save', full)
     with pytest.warns(UserWarning, match='could not be written.*No space left') as seen: fitted(tmp_path, simple, ('after_batch', 5))
-    assert len(seen) == 1
+    assert len([o for o in seen if 'could not be' in str(o.message)]) == 1
     assert torch.load(file_of(tmp_path), weights_only=True)['place'] == [0, 'train', 2] and not (tmp_path/'resume.new').exists()
     assert differs(expected.model.state_dict(), fitted(tmp_path, simple).model.state_dict()) == []
 
@@ -375,7 +376,7 @@ def test_only_a_fit(tmp_path):
     learn = simple(tmp_path)
     learn.add_cb(Kept())
     learn.validate(), learn.get_preds(), learn.lr_find(num_it=6, show_plot=False)
-    assert file_of(tmp_path).read_bytes() == before and learn.model.n == 0
+    assert file_of(tmp_path).read_bytes() == before
 
 def test_looks_and_fits_inside(tmp_path):
     "A validation, a finder and a fit in the middle of it are their own"
@@ -412,20 +413,27 @@ def test_what_is_packed_comes_back(o, tmp_path):
 def test_what_is_no_data(o):
     with pytest.raises(resume.NoData): resume.pack(o)
 
-@pytest.mark.parametrize('how', [copy, deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def pickled(o): return pickle.loads(pickle.dumps(o))
+
+class Copied(Callback):
+    "Copy the Learner's `ResumeFit` after the first epoch"
+    order,copies = 10,{}
+    def __init__(self, how): self.how = how
+    def after_epoch(self): Copied.copies.setdefault(self.how, self.how(self.kept))
+
+@pytest.mark.parametrize('how', [copy, deepcopy, pickled])
 def test_copies(how, tmp_path):
     "New, and in the middle of a fit"
     cb = how(ResumeFit('a', every=3, minutes=5))
     assert (cb.fname, cb.every, cb.minutes) == ('a', 3, 5)
-    copies,learn = [],simple(tmp_path)
-    expected = fitted(tmp_path/'whole', simple)
-    learn.fit(1, .05, cbs=[Kept(), At('after_batch', lambda cb: copies.append(how(learn.kept)), it=2)])
-    copied = copies[0]
+    expected,learn = fitted(tmp_path/'whole', simple),simple(tmp_path)
+    del learn.todo # can't be pickled
+    learn.fit(2, .05, cbs=[Kept(), Copied(how)])
+    assert not file_of(tmp_path).exists()
     learn = simple(tmp_path)
-    learn.resumes = copied
-    copied.learn,copied.every = None,0
+    learn.resumes = Copied.copies[how]
     learn.todo()
-    assert differs(expected.model.state_dict(), learn.model.state_dict()) == []
+    assert not file_of(tmp_path).exists() and differs(expected.model.state_dict(), learn.model.state_dict()) == []
 
 @pytest.mark.parametrize('kwargs,error', [(dict(fname=''), ValueError), (dict(fname=3), TypeError), (dict(every=-1), ValueError), (dict(every=float('nan')), ValueError),
     (dict(every='1'), TypeError), (dict(every=True), TypeError), (dict(minutes=0), ValueError), (dict(minutes='1'), TypeError), (dict(minutes=float('nan')), ValueError)], ids=str)
