@@ -48,7 +48,8 @@ class Net(nn.Module):
 class Seen(Callback):
     "Which batches were trained and validated; its lists go on, since they are data"
     order = 200
-    def __init__(self): self.xs,self.lrs = [],[]
+    last = None
+    def __init__(self): self.xs = []
     def after_batch(self): self.xs.append(self.x.double().sum().item()+100*self.training)
 
 class Every2(Callback):
@@ -228,7 +229,7 @@ def outcome(folder, learn):
     return dict(weights={k: o.clone() for k,o in learn.model.state_dict().items()}, opt=state_of(learn.opt), hidden=[list(o.hidden)+[o.n, o.mean] for o in learn.model.modules() if isinstance(o, Net)],
         grads=[None if p.grad is None else p.grad for p in learn.model.parameters()],
         rows=[list(o) for o in rec.values], losses=[o.item() for o in rec.losses], lrs=[float(o) for o in rec.lrs], iters=rec.iters, names=list(rec.metric_names),
-        hps=resume.pack(getattr(rec, 'hps', None)), pct=learn.pct_train, train_iter=learn.train_iter, seen=Seen.last,
+        hps=resume.pack(getattr(rec, 'hps', None)), pct=learn.pct_train, train_iter=learn.train_iter, seen=Seen.last, trackers=_Last.trackers,
         csv=[cut(o) for o in csv.read_text().splitlines()] if csv.exists() else None,
         random=[random.random(), np.random.rand(), torch.rand(2), *(next(iter(dl))[0] for dl in learn.dls.loaders if not getattr(dl, 'num_workers', 0))],
         files=sorted(o.name for o in Path(folder).glob('*') if o.name.startswith('resume')))
@@ -242,9 +243,11 @@ def life(case, folder, death):
     with open(Path(folder)/f'outcome{os.environ.get("RANK", "")}', 'wb') as f: torch.save(outcome(folder, learn), f)
 
 class _Last(Callback):
-    order = 300
+    "What callbacks know that are taken back when the fit is over"
+    order,trackers = 300,None
     def after_fit(self):
-        Seen.last = learn.xs if (learn := getattr(self.learn, 'seen', None)) else None
+        Seen.last = self.learn.seen.xs if hasattr(self.learn, 'seen') else None
+        _Last.trackers = [(type(o).__name__, o.best, getattr(o, 'wait', None)) for o in self.learn.cbs if isinstance(o, TrackerCallback)]
 
 def born(case, folder, death, **env):
     "The number of a process in which the fit runs"

@@ -72,7 +72,9 @@ killed = [
     ('two', ['SIGKILL', 'after_batch', 5, None, 0], ['SIGTERM', 'after_batch', 4, None, 1], ['os', 'replace', 4, 1]),
 ]
 
-@pytest.mark.parametrize('case,deaths', [(case, deaths) for case,*deaths in killed], ids=[f'{o[0]}-{i}' for i,o in enumerate(killed)])
+waits = pytest.mark.xfail(not hasattr(GradientAccumulation, 'state_dict'), reason='`GradientAccumulation` has no state yet', strict=True)
+
+@pytest.mark.parametrize('case,deaths', [pytest.param(case, deaths, marks=waits if case == 'ours' else ()) for case,*deaths in killed], ids=[f'{o[0]}-{i}' for i,o in enumerate(killed)])
 def test_killed(server, case, deaths):
     ends = server.assert_same(case, *deaths)
     assert len(ends) == len(deaths)+1, ends # each death was died
@@ -137,7 +139,8 @@ def richly(folder, cbs=(), n_epoch=3, **kwargs):
     learn.recorder.train_metrics = True
     learn.resumes = Kept()
     learn.todo = lambda: learn.fit_one_cycle(n_epoch, .05, cbs=[
-        learn.resumes, Cuts(), Seen(), Every2(), CSVLogger(), SaveModelCallback(), CpuMixedPrecision(init_scale=2.**10, growth_interval=3), _Last(), *cbs])
+        learn.resumes, Cuts(), Seen(), Every2(), CSVLogger(), SaveModelCallback(),
+        EarlyStoppingCallback(min_delta=10., patience=9), CpuMixedPrecision(init_scale=2.**10, growth_interval=3), _Last(), *cbs])
     return learn
 
 @pytest.fixture(scope='module')
@@ -192,7 +195,7 @@ pieces = dict(
     other_loaders=lambda saved: [saved['state']['loaders'].update({k: other(0)}) for k in saved['state']['loaders'] if k.startswith('1')],
     recorder=dropped('state', 'cbs', 'Recorder.0'), losses=drop_attr('Recorder.0', 'losses'), rows=drop_attr('Recorder.0', 'values'),
     smooth_loss=dropped('state', 'cbs', 'Recorder.0', 'state', 'parts', 'smooth_loss'),
-    tracker=drop_attr('SaveModelCallback.0', 'best'), schedule=dropped('state', 'cbs', 'ParamScheduler.0'),
+    tracker=drop_attr('EarlyStoppingCallback.0', 'best'), schedule=dropped('state', 'cbs', 'ParamScheduler.0'),
     csv=dropped('state', 'cbs', 'CSVLogger.0', 'csv'), own_state=dropped('state', 'cbs', 'Every2.0'),
     batch=lambda saved: saved['place'].__setitem__(2, saved['place'][2]-1), epoch=lambda saved: saved['place'].__setitem__(0, 0))
 
