@@ -9,6 +9,7 @@ Modules:
 - `fastcb_training.accumulation`: My batch does not fit: train as if it did. The gradient of every step is the gradient of the big batch
 - `fastcb_training.bnfreeze`: Several heads, one frozen body: hold its batchnorm statistics, to the last bit
 - `fastcb_training.clip`: My loss turns NaN: clip the norm of the whole gradient, keep what was measured, skip what is not finite
-- `fastcb_training.data`: Real handwritten digits as an image folder, without a download"""
+- `fastcb_training.data`: Real handwritten digits as an image folder, without a download
+- `fastcb_training.resume`: Will my run finish? When the machine is taken away, the same call goes on where the fit was cut off, bit for bit"""
 
 __version__ = "0.0.1"

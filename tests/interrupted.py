@@ -219,7 +219,7 @@ def dies_in(name, n):
 
 def state_of(opt):
     sd = opt.state_dict()
-    return resume.pack([dict(o) for o in sd['state']] if not isinstance(sd['state'], dict) else sd['state']),resume.pack([dict(o) for o in opt.hypers])
+    return resume._pack([dict(o) for o in sd['state']] if not isinstance(sd['state'], dict) else sd['state']),resume._pack([dict(o) for o in opt.hypers])
 
 def outcome(folder, learn):
     "What a fit leaves"
@@ -229,7 +229,7 @@ def outcome(folder, learn):
     return dict(weights={k: o.clone() for k,o in learn.model.state_dict().items()}, opt=state_of(learn.opt), hidden=[list(o.hidden)+[o.n, o.mean] for o in learn.model.modules() if isinstance(o, Net)],
         grads=[None if p.grad is None else p.grad for p in learn.model.parameters()],
         rows=[list(o) for o in rec.values], losses=[o.item() for o in rec.losses], lrs=[float(o) for o in rec.lrs], iters=rec.iters, names=list(rec.metric_names),
-        hps=resume.pack(getattr(rec, 'hps', None)), pct=learn.pct_train, train_iter=learn.train_iter, seen=Seen.last, trackers=_Last.trackers,
+        hps=resume._pack(getattr(rec, 'hps', None)), pct=learn.pct_train, train_iter=learn.train_iter, seen=Seen.last, trackers=_Last.trackers,
         csv=[cut(o) for o in csv.read_text().splitlines()] if csv.exists() else None,
         random=[random.random(), np.random.rand(), torch.rand(2), *(next(iter(dl))[0] for dl in learn.dls.loaders if not getattr(dl, 'num_workers', 0))],
         files=sorted(o.name for o in Path(folder).glob('*') if o.name.startswith('resume')))

@@ -157,7 +157,7 @@ def change(folder, f):
     torch.save(saved, file_of(folder))
 
 def set_fresh(key):
-    def f(saved): saved['state']['rng'][key] = resume.pack(resume.random_state(richly(Path('.')))[key])
+    def f(saved): saved['state']['rng'][key] = resume._pack(resume._random_state(richly(Path('.')))[key])
     return f
 
 def drop_attr(cb, *names):
@@ -175,7 +175,7 @@ def dropped(*path, to=None):
     return f
 
 def zeroed(o): return {k: v*0 for k,v in o.items()}
-def other(o): return resume.pack(random.Random(3).getstate())
+def other(o): return resume._pack(random.Random(3).getstate())
 
 pieces = dict(
     none=lambda saved: None,
@@ -188,7 +188,7 @@ pieces = dict(
     pct_train=dropped('state', 'learn', 'pct_train'), train_iter=dropped('state', 'learn', 'train_iter'),
     metrics=dropped('state', 'metrics', to=[]),
     python=dropped('state', 'rng', 'python', to=other),
-    numpy=dropped('state', 'rng', 'numpy', to=lambda o: resume.pack(np.random.RandomState(3).get_state())),
+    numpy=dropped('state', 'rng', 'numpy', to=lambda o: resume._pack(np.random.RandomState(3).get_state())),
     torch=dropped('state', 'rng', 'torch', to=lambda o: torch.Generator().manual_seed(3).get_state()),
     data_set=dropped('state', 'rng', 'data', to={}),
     order=dropped('drawn', 'loader', to=lambda o: {k: other(v) for k,v in o.items()}),
@@ -315,7 +315,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
 
 def test_when_it_saves(tmp_path, monkeypatch):
     places = []
-    monkeypatch.setattr(resume, 'write', lambda path, state: places.append(state['place']))
+    monkeypatch.setattr(resume, '_write_file', lambda path, state: places.append(state['place']))
     fitted(tmp_path, partial(simple, every=10.))
     assert places == [[i, None, 0] for i in (1, 2, 3)]
     places.clear()
@@ -407,14 +407,14 @@ def test_a_state_that_is_no_data_is_said_at_once(tmp_path):
     deque([1, 2], 3), Path('a/b'), Fraction(1, 3), 1+2j, np.float32(.1), np.int64(3), np.arange(6).reshape(2, 3)[:, 1:], np.array(['a', 'bc']), np.array(3.),
     [np.float64(1), np.float64(2)], [tensor(1.), tensor(2.)], torch.rand(3, 4).t(), tensor([True]), random.getstate(), np.random.get_state(), OrderedDict(a=1)], ids=lambda o: str(o)[:30])
 def test_what_is_packed_comes_back(o, tmp_path):
-    torch.save(resume.pack(o), tmp_path/'o')
-    back = resume.unpack(torch.load(tmp_path/'o', weights_only=True))
+    torch.save(resume._pack(o), tmp_path/'o')
+    back = resume._unpack(torch.load(tmp_path/'o', weights_only=True))
     assert type(back) is type(o) and repr(back) == repr(o)
     if isinstance(o, list|L): assert list(map(type, back)) == list(map(type, o))
 
 @pytest.mark.parametrize('o', [len, object(), nn.Linear(1, 1), nn.Parameter(torch.rand(1)), [1, len], {'a': object()}, {(1, 2): 3}, np.array([len])], ids=lambda o: type(o).__name__)
 def test_what_is_no_data(o):
-    with pytest.raises(resume.NoData): resume.pack(o)
+    with pytest.raises(resume._NoData): resume._pack(o)
 
 def pickled(o): return pickle.loads(pickle.dumps(o))
 
