@@ -232,7 +232,7 @@ def outcome(folder, learn):
         hps=resume._pack(getattr(rec, 'hps', None)), pct=learn.pct_train, train_iter=learn.train_iter, seen=Seen.last, trackers=_Last.trackers,
         csv=[cut(o) for o in csv.read_text().splitlines()] if csv.exists() else None,
         random=[random.random(), np.random.rand(), torch.rand(2), *(next(iter(dl))[0] for dl in learn.dls.loaders if not getattr(dl, 'num_workers', 0))],
-        files=sorted(o.name for o in Path(folder).glob('*') if o.name.startswith('resume')))
+        files=sorted(o.name for o in Path(folder).glob('*') if o.name.startswith('resume.rank' if rank_distrib() else 'resume') and (rank_distrib() or 'rank' not in o.name)))
 
 def life(case, folder, death):
     how,*args = death or ('SIGKILL', None, 0)
