@@ -24,7 +24,7 @@ Docs: https://fastcb.github.io/fastcb_training/resume.html.md"""
 # %% auto #0
 __all__ = ['ResumeFit']
 
-# %% ../nbs/02_resume.ipynb #552c7013
+# %% ../nbs/02_resume.ipynb #3e6fceef
 import os, random, signal, sys, threading, time, warnings
 from collections import Counter, OrderedDict, deque
 from contextlib import suppress
@@ -56,7 +56,7 @@ from torch.utils.data import Subset
 from . import __version__
 from .core import FitCallback, LoaderView, check, numbered_batches
 
-# %% ../nbs/02_resume.ipynb #3682c281
+# %% ../nbs/02_resume.ipynb #d6706785
 class _NoData(Exception): "It can't be written as plain data"
 
 _plain = type(None),bool,int,float,str,bytes
@@ -66,7 +66,7 @@ _kinds = dict( # what a file may hold beside that: how it is written, how it is 
     complex=(complex, lambda o: [o.real, o.imag], lambda o: complex(*o)), fraction=(Fraction, str, Fraction),
     path=(PurePath, str, Path))
 
-# %% ../nbs/02_resume.ipynb #43b32d3a
+# %% ../nbs/02_resume.ipynb #a1c47df8
 def _pack(o):
     "`o` as plain containers, numbers, text and tensors, which `torch.load(weights_only=True)` reads; `_NoData` for anything else"
     t = type(o)
@@ -81,7 +81,7 @@ def _pack(o):
 
 def _tag(kind, o): return {'\0': kind, 'o': o}
 
-# %% ../nbs/02_resume.ipynb #cbbc808d
+# %% ../nbs/02_resume.ipynb #30ba5812
 def _pack_tensor(o):
     if isinstance(o, nn.Parameter): raise _NoData('a parameter of the model')
     o = o.detach().as_subclass(torch.Tensor)
@@ -102,10 +102,10 @@ def _pack_list(o):
     if t <= set(_plain): return list(o)
     if len(t) == 1 and issubclass(k := t.pop(), np.generic) and not issubclass(k, np.flexible): return _tag('scalars', _pack(np.array(o)))
     if o and all(isinstance(v, torch.Tensor) for v in o) and {(v.ndim, v.dtype, v.device) for v in o} == {(0, o[0].dtype, o[0].device)}:
-        return _tag('tensors', _pack_tensor(torch.stack([v.detach().as_subclass(torch.Tensor) for v in o])))
+        return _tag('tensors', _pack_tensor(torch.stack(o)))
     return [_pack(v) for v in o]
 
-# %% ../nbs/02_resume.ipynb #9e446836
+# %% ../nbs/02_resume.ipynb #3874da3c
 def _unpack(o):
     "What `_pack` was given"
     if isinstance(o, list): return [_unpack(v) for v in o]
@@ -121,7 +121,7 @@ def _unpack(o):
     if kind in ('scalars', 'tensors'): return list(_unpack(o))
     return _kinds[kind][2](_unpack(o))
 
-# %% ../nbs/02_resume.ipynb #c17ac17e
+# %% ../nbs/02_resume.ipynb #8dd6c47b
 _generators = random.Random,torch.Generator,np.random.Generator,np.random.RandomState
 
 def _get_rng(o):
@@ -134,7 +134,7 @@ def _set_rng(o, state):
     elif isinstance(o, np.random.Generator): o.bit_generator.state = state
     else: o.set_state(state)
 
-# %% ../nbs/02_resume.ipynb #b83e80e0
+# %% ../nbs/02_resume.ipynb #ddee019f
 def _accelerators(model):
     "The devices that have random numbers of their own, and how they are asked"
     devices = {o.device for o in (*model.parameters(), *model.buffers()) if o.device.type not in ('cpu', 'meta')}
@@ -154,7 +154,7 @@ def _set_random_state(learn, state):
     for d,(m,args) in _accelerators(learn.model).items():
         if d in state['devices']: m.set_rng_state(state['devices'][d].cpu(), *args)
 
-# %% ../nbs/02_resume.ipynb #f5ab63a2
+# %% ../nbs/02_resume.ipynb #c3e603bc
 _of_order,_of_data = ('dl', 'sampler', 'batch_sampler'),('dl', 'dataset') # where a loader's own random numbers are
 
 def _loader_rngs(dl, parts):
@@ -176,7 +176,7 @@ def _rngs_of_all(learn, parts):
     dls = getattr(learn.dls, 'loaders', (learn.dls.train, learn.dls.valid))
     return {f'{i}{k}': o for i,dl in enumerate(dls) for k,o in _loader_rngs(dl, parts).items()}
 
-# %% ../nbs/02_resume.ipynb #f43ef3c7
+# %% ../nbs/02_resume.ipynb #71d04969
 _module_attrs = {*vars(nn.Module())} # `training` among them: the phase sets it
 
 def _module_state(m):
@@ -200,7 +200,7 @@ def _load_module(m, state):
     for k,o in state['buffers'].items(): buffers[k].copy_(_unpack(o))
     for k,attrs in state['attrs'].items(): vars(modules[k]).update(_unpack(attrs))
 
-# %% ../nbs/02_resume.ipynb #037bc4ae
+# %% ../nbs/02_resume.ipynb #57669a51
 def _has_state(o):
     "Does it say itself what its state is? A callback seems to have each method of the model"
     return all(hasattr(type(o), f) or f in getattr(o, '__dict__', {}) for f in ('state_dict', 'load_state_dict'))
@@ -228,7 +228,7 @@ def _set_state(o, state):
         for k,v in state['parts'].items():
             if k in vars(o): _set_state(vars(o)[k], v)
 
-# %% ../nbs/02_resume.ipynb #dff428be
+# %% ../nbs/02_resume.ipynb #9a9bab2c
 _counters = 'train_iter','pct_train','iter','smooth_loss','final_record','loss'
 
 def _named(cbs):
@@ -265,7 +265,7 @@ def _csv(cb):
     cb.file.flush()
     return dict(csv=(cb.path/cb.fname).read_text())
 
-# %% ../nbs/02_resume.ipynb #90cd424d
+# %% ../nbs/02_resume.ipynb #dce74657
 def _set_fit_state(learn, state, begin):
     "Make all that `_fit_state` has looked at as it was; `begin` is where the fit begins, and not only a phase"
     model,opt = get_model(learn.model),learn.opt
@@ -295,7 +295,7 @@ def _set_cb_state(cb, state, begin, ago):
         cb.file.write(state['csv'])
         cb.file.flush()
 
-# %% ../nbs/02_resume.ipynb #98933fc7
+# %% ../nbs/02_resume.ipynb #5734ba30
 def _told(o):
     "`o` in words, if it says the same in every process"
     if isinstance(o, (type(None), bool, int, float, str, bytes, Enum, PurePath)): return repr(o)
@@ -307,7 +307,7 @@ def _arguments(cb):
     names = [o for o in signature(type(cb).__init__).parameters if o in vars(cb)]
     return {o: _told(vars(cb)[o]) for o in names}
 
-# %% ../nbs/02_resume.ipynb #e9f0c2e9
+# %% ../nbs/02_resume.ipynb #4535568f
 def _item(o):
     "What can be told of an item of a data set without loading it"
     if isinstance(o, PurePath): return '/'.join(o.parts[-2:]) # the folder above may be elsewhere tomorrow
@@ -329,7 +329,7 @@ def _items_sum(ds, n=1000):
     if not isinstance(items, list|tuple|L|np.ndarray|torch.Tensor) and not hasattr(items, 'get_loc'): return None
     return crc32(repr([_item(items[i*len(items)//n]) for i in range(n)] if len(items) > n else [_item(o) for o in items]).encode())
 
-# %% ../nbs/02_resume.ipynb #87dc7cbc
+# %% ../nbs/02_resume.ipynb #1ab9ba38
 def _length(o):
     try: return len(o)
     except TypeError: return None
@@ -375,7 +375,7 @@ def _differences(a, b):
     return [f'{k}: {a.get(k, "none")} there, {b.get(k, "none")} here' for k in {**a, **b}
             if a.get(k) != b.get(k) and 'None' not in (a.get(k), b.get(k))]
 
-# %% ../nbs/02_resume.ipynb #1577a567
+# %% ../nbs/02_resume.ipynb #7458869d
 def _sync_folder(path):
     "A rename is on the disk when its folder is"
     if os.name == 'nt': return # where a folder can't be opened
@@ -406,7 +406,7 @@ def _read_file(path):
 def _remove_files(path):
     for o in path,path.with_suffix('.prev'),path.with_suffix('.new'): o.unlink(missing_ok=True)
 
-# %% ../nbs/02_resume.ipynb #b9ad3866
+# %% ../nbs/02_resume.ipynb #26aee673
 class ResumeFit(FitCallback):
     "Go on with a fit that was cut off, as if it had not been"
     _in_call = _saved = _place = _handler = None
@@ -437,7 +437,7 @@ class ResumeFit(FitCallback):
     def after_fit(self):
         if self._in_fit and not self._looking: self._finish()
 
-# %% ../nbs/02_resume.ipynb #654032f3
+# %% ../nbs/02_resume.ipynb #0a0f9770
 _running = WeakSet() # Learners in a fit that can go on; a fit inside it can't
 
 @patch
@@ -473,7 +473,7 @@ def _finish(self:ResumeFit):
     self._call.files.add(self._file)
     self._call.fits.append(dict(fit=self._fit, hypers=_pack([{**h} for h in opt.hypers])))
 
-# %% ../nbs/02_resume.ipynb #bae2a98a
+# %% ../nbs/02_resume.ipynb #c7e7ebe0
 def _around(learn, f, event_type, ex, final=noop):
     "fastai's `_with_events`, for a fit that may be cut off: here all handlers of an event are done, whatever their order"
     go = partial(type(learn)._with_events, learn)
@@ -483,7 +483,7 @@ def _around(learn, f, event_type, ex, final=noop):
     if wrap: wrap(f, partial(go, event_type=event_type, ex=ex, final=final))
     else: go(f, event_type, ex, final)
 
-# %% ../nbs/02_resume.ipynb #dfbbcd51
+# %% ../nbs/02_resume.ipynb #73b2dbef
 @patch
 def _epoch(self:ResumeFit, f, go):
     epoch,n = self.learn.epoch,self.learn.n_epoch
@@ -507,7 +507,7 @@ def _train(self:ResumeFit, f, go):
 @patch
 def _validate(self:ResumeFit, f, go): self._in_phase('validate', f, go)
 
-# %% ../nbs/02_resume.ipynb #46f4dd8c
+# %% ../nbs/02_resume.ipynb #a3970e68
 @patch
 def _in_phase(self:ResumeFit, phase, f, go):
     self._phase = phase
@@ -550,7 +550,7 @@ def _dropping(dl, k, ready):
     ready()
     yield from batches
 
-# %% ../nbs/02_resume.ipynb #3d65e0b7
+# %% ../nbs/02_resume.ipynb #f8ec6e97
 @patch
 def _batch(self:ResumeFit, f, go):
     self._inside = True
@@ -567,7 +567,7 @@ def _watch(self:ResumeFit, f):
         if not self._signalled or self._inside or self._world > 1: raise
         self._stop((self.learn.epoch, self._phase, self._done))
 
-# %% ../nbs/02_resume.ipynb #0d46664a
+# %% ../nbs/02_resume.ipynb #85d16c29
 @patch
 def _moment(self:ResumeFit, place):
     "Between two batches or two epochs: save, or stop, if it is time"
@@ -601,7 +601,7 @@ def _stop(self:ResumeFit, place):
     self.warn_once(f'The fit was ended {why}, in epoch {place[0]} of 0 to {self.learn.n_epoch-1}. The same call goes on with it.')
     raise CancelFitException
 
-# %% ../nbs/02_resume.ipynb #823d7c9f
+# %% ../nbs/02_resume.ipynb #6ad4ab9b
 @patch
 def _save(self:ResumeFit, place):
     start,learn = time.monotonic(),self.learn
@@ -614,7 +614,7 @@ def _save(self:ResumeFit, place):
     self._last = time.monotonic()
     self._cost = self._last-start
 
-# %% ../nbs/02_resume.ipynb #e0d39019
+# %% ../nbs/02_resume.ipynb #6468589b
 @patch
 def _find(self:ResumeFit):
     "Is there a file, and is it of this fit?"
@@ -649,7 +649,7 @@ def _refuse(self:ResumeFit, why):
     raise ValueError(f'`{self._file}` is not of this fit. {"; ".join(why[:5])}{more}. Make the call that it is of, '
                      'or give this fit another `fname`, or delete the file to start from nothing.')
 
-# %% ../nbs/02_resume.ipynb #39bea07e
+# %% ../nbs/02_resume.ipynb #47af3c30
 @patch
 def _read(self:ResumeFit):
     "The newest file that all processes can read"
@@ -676,7 +676,7 @@ def _shared(numbers, bad, world):
 
 def _world(learn): return dist.get_world_size() if hasattr(learn, 'distributed_trainer') and dist.is_initialized() else 1
 
-# %% ../nbs/02_resume.ipynb #c80517ef
+# %% ../nbs/02_resume.ipynb #e9af4289
 @patch
 def _listen(self:ResumeFit):
     "`SIGTERM` is what clusters and containers send; only the main thread can have a handler"
@@ -703,7 +703,7 @@ def _unlisten(self:ResumeFit):
     for o in sys.stdout,sys.stderr: o.flush()
     signal.raise_signal(signal.SIGTERM)
 
-# %% ../nbs/02_resume.ipynb #ac00aee4
+# %% ../nbs/02_resume.ipynb #8c56fcf7
 class _Call:
     "The fits of one call of `fine_tune`"
     def __init__(self): self.fits,self.files,self.stopped,self.start = [],set(),False,time.monotonic()
