@@ -97,7 +97,7 @@ class LoaderView(GetAttr):
     def __init__(self, dl, n, batches): store_attr()
     def __len__(self): return self.n
     def __iter__(self): return first_batches(self.batches, self.n)
-    def numbered(self, numbers): return numbered_batches(self.batches, numbers)
+    def numbered(self, numbers, ready=None): return numbered_batches(self.batches, numbers, ready)
 
 # %% ../nbs/00_core.ipynb #5b0e1c01
 def first_batches(
@@ -208,20 +208,24 @@ def _has_length(dl):
 def numbered_batches(
     dl, # A loader of fastai's or PyTorch's, or a view of one
     numbers:Iterable, # Numbers of batches in a pass over `dl`, rising
+    ready:Callable=None, # Called when the order is drawn, before the first batch is loaded
 ): # The batches, loaded as they are asked for; None if `dl` has no numbers
     "One pass over `dl` that loads only the batches of these `numbers`"
-    if hasattr(type(dl), 'numbered'): return dl.numbered(numbers)
+    if hasattr(type(dl), 'numbered'): return dl.numbered(numbers, ready)
     numbers = list(numbers)
     def pick(batches): return [batches[n] for n in numbers if n < len(batches)]
-    if has_numbers(dl): return ExactBatches(len(numbers), picked_batches(dl, pick))
+    if has_numbers(dl): return ExactBatches(len(numbers), picked_batches(dl, pick, ready))
 
 def picked_batches(
     dl, # A loader that has numbers
     pick:Callable, # Function of the lists of indices of all batches; returns those to load
+    ready:Callable=None, # Called when the order is drawn, before the first batch is loaded
 ): # The batches, loaded as they are asked for
     "One pass over `dl` that loads the batches of indices that `pick` returns"
     whole = NumberedPass(dl)
-    yield from whole.load(pick(whole.batches))
+    some = pick(whole.batches)
+    if ready: ready()
+    yield from whole.load(some)
     whole.end()
 
 # %% ../nbs/00_core.ipynb #5b0e1c12

@@ -172,12 +172,12 @@ class _Spread:
     def __len__(self): return self.n
     def __iter__(self): return self.numbered(range(self.n))
 
-    def numbered(self, numbers):
+    def numbered(self, numbers, ready=None):
         numbers = list(numbers)
         def pick(batches):
             batches = self._pick(batches)
             return [batches[i] for i in numbers]
-        return ExactBatches(len(numbers), picked_batches(self.dl, pick))
+        return ExactBatches(len(numbers), picked_batches(self.dl, pick, ready))
 
     def _pick(self, batches):
         if not _are_apart(self.dl): return _evenly(batches, self.n)
@@ -201,10 +201,11 @@ class _Passes:
         store_attr()
         self.now,self.at,self.coming,self.begun = None,0,[],[]
 
-    def take(self, n, skip=0):
-        "The next `n` batches, but for the first `skip` of them, which are not loaded if that can be"
-        given,empty = 0,False
+    def take(self, n, skip=0, ready=None):
+        "The next `n` batches, but for the first `skip` of them, which are not loaded if that can be; `ready` comes before the others"
+        given,empty,self.ready = 0,False,ready
         while given < n:
+            if given >= skip: self._get_ready()
             if self.now is None:
                 if given: self.new_pass()
                 self._begin()
@@ -239,6 +240,7 @@ def _numbered_rest(self:_Passes, n, skip):
     self.at += skip
     yield from [_skipped]*skip
     if skip < len(some):
+        self._get_ready()
         for b in self.now.load(some[skip:]):
             self.at += 1
             yield b
@@ -249,13 +251,20 @@ def _numbered_rest(self:_Passes, n, skip):
 @patch
 def _stream_rest(self:_Passes, n, skip):
     given = 0
+    if not skip: self._get_ready()
     for given,b in enumerate(islice(self.now, n), 1):
         self.at += 1
         yield _skipped if given <= skip else b
+        if given == skip < n: self._get_ready()
     if given < n: self.now = None
     elif self.at == _length(self.dl): # it ends here, which is only seen by asking on
         next(self.now, None)
         self.now = None
+
+@patch
+def _get_ready(self:_Passes):
+    ready,self.ready = self.ready,None
+    if ready: ready()
 
 _skipped = object()
 
@@ -331,19 +340,17 @@ class _Part:
     def __init__(self, passes, n): store_attr()
     def __len__(self): return self.n
     def __iter__(self): return self.passes.take(self.n)
-    def numbered(self, numbers):
+    def numbered(self, numbers, ready=None):
         numbers = list(numbers)
         check('numbers', numbers, list, 'the last ones of the part', lambda o: o == [*range(self.n)][self.n-len(o):])
-        return ExactBatches(len(numbers), self.passes.take(self.n, self.n-len(numbers)))
+        return ExactBatches(len(numbers), self.passes.take(self.n, self.n-len(numbers), ready))
 
 # %% ../nbs/01_shortepoch.ipynb #5d000014
 @patch
 def after_train(self:ShortEpochCallback):
-    if self._passes and self._resets: self._memory = _memory(self.learn.model)
-
-@patch
-def after_epoch(self:ShortEpochCallback):
-    if self._passes: self._passes.mark() # what is saved from here on goes on here
+    if not self._passes: return
+    self._passes.mark() # what is saved from here on, in validation too, goes on here
+    if self._resets: self._memory = _memory(self.learn.model)
 
 @patch
 def _remember(self:ShortEpochCallback):
@@ -380,7 +387,8 @@ class _Same:
     def __init__(self, dl, batches): store_attr()
     def __len__(self): return len(self.batches)
     def __iter__(self): return map(_copied, self.batches)
-    def numbered(self, numbers):
+    def numbered(self, numbers, ready=None):
+        if ready: ready()
         some = [self.batches[i] for i in numbers]
         return ExactBatches(len(some), map(_copied, some))
 
@@ -396,7 +404,8 @@ def _kept(self:ShortEpochCallback, n):
 def state_dict(self:ShortEpochCallback):
     "What it takes to see the same batches in a fit that goes on in another process"
     if self._passes: return dict(passes=self._passes.state(), memory=self._memory)
-    return dict(same=self._same.batches) if self._same else {}
+    if self._same: return dict(same=self._same.batches)
+    return dict(passes=self._state, memory=self._memory) if self._state else {} # loaded, and not gone on with yet
 
 @patch
 def load_state_dict(self:ShortEpochCallback, state): 

@@ -1,0 +1,444 @@
+"""A fit that was cut off and goes on leaves what a fit leaves that was not, bit for bit
+
+Real processes are killed, each forked from one that has everything imported (interrupted.py). What needs no process is cut off
+by an exception. TEST_DEATHS=100 in the environment adds as many random deaths."""
+import json, pickle, random as rnd, signal, subprocess, threading, warnings
+from collections import OrderedDict, deque
+from copy import copy, deepcopy
+from fractions import Fraction
+
+import pytest
+
+from interrupted import *
+from interrupted import _Last
+
+def differs(a, b, at=''):
+    "Where two outcomes differ"
+    if type(a) is not type(b): return [f'{at}: {type(a)}, {type(b)}']
+    if isinstance(a, dict): return [o for k in {**a, **b} for o in (differs(a[k], b[k], f'{at}.{k}') if k in a and k in b else [f'{at}.{k}'])]
+    if isinstance(a, list|tuple):
+        return [f'{at}: {len(a)}, {len(b)} long']*(len(a) != len(b)) + [o for i,v in enumerate(zip(a, b)) for o in differs(*v, f'{at}[{i}]')]
+    if isinstance(a, torch.Tensor): return [at]*(a.dtype != b.dtype or a.shape != b.shape or a.numpy().tobytes() != b.numpy().tobytes())
+    return [] if a == b or a != a and b != b else [f'{at}: {a}, {b}']
+
+
+# Processes that are killed
+
+class Server:
+    "Ask it for a case and its deaths: how each life ended, and what the last one left, by process"
+    def __init__(self, folder):
+        self.folder,self.n,self.known = folder,0,{}
+        self.process = subprocess.Popen([sys.executable, '-W', 'ignore', Path(__file__).with_name('interrupted.py')], text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+    def __call__(self, case, *deaths):
+        if not deaths and case in self.known: return self.known[case]
+        self.n += 1
+        folder = self.folder/str(self.n)
+        folder.mkdir()
+        print(json.dumps(dict(case=case, folder=str(folder), deaths=deaths)), file=self.process.stdin, flush=True)
+        ends = json.loads(self.process.stdout.readline())
+        assert ends[-1] == 0, (ends, (folder/'log').read_text()[-3000:])
+        left = [torch.load(o, weights_only=False) for o in sorted(folder.glob('outcome*'))]
+        if not deaths: self.known[case] = ends,left
+        return ends,left
+
+    def assert_same(self, case, *deaths):
+        (_,expected),(ends,left) = self(case),self(case, *deaths)
+        assert not (diff := differs(expected, left)), (case, deaths, ends, diff[:9])
+        return ends
+
+@pytest.fixture(scope='module')
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp('lives'))
+    yield server
+    server.process.stdin.close()
+    server.process.wait()
+
+killed = [
+    ('plain', ['SIGKILL', 'after_batch', 5], ['SIGTERM', 'after_pred', 4], ['SIGKILL', 'before_batch', 4]),
+    ('one_cycle', ['SIGKILL', 'after_backward', 4], ['SIGTERM', 'after_batch', 2, 'valid'], ['os', 'save', 2]),
+    ('one_cycle', ['SIGKILL', 'after_batch', 2, 'valid'], ['SIGKILL', 'after_epoch', 1], ['SIGKILL', 'after_fit', 1]),
+    ('trackers', ['SIGTERM', 'after_epoch', 2], ['os', 'replace', 4], ['os', 'replace', 5]),
+    ('torch_loaders', ['SIGKILL', 'before_batch', 3], ['SIGKILL', 'before_validate', 1]),
+    ('torch_generator', ['SIGTERM', 'before_batch', 9], ['os', 'fsync', 3]),
+    ('workers', ['SIGKILL', 'before_batch', 3], ['SIGTERM', 'after_batch', 4]),
+    ('torch_workers', ['SIGKILL', 'before_batch', 10]),
+    ('mixed', ['SIGKILL', 'after_pred', 5], ['SIGKILL', 'before_batch', 2]),
+    ('mixup', ['SIGKILL', 'after_pred', 5], ['SIGKILL', 'after_batch', 1, 'valid'], ['SIGTERM', 'after_batch', 1, 'valid']),
+    ('stream', ['SIGKILL', 'before_batch', 5]),
+    ('tuned', ['SIGKILL', 'before_batch', 5], ['SIGKILL', 'after_fit', 1], ['SIGTERM', 'before_batch', 4]),
+    ('ours', ['SIGKILL', 'before_batch', 10], ['SIGTERM', 'after_batch', 2, 'valid'], ['SIGKILL', 'before_batch', 2]),
+    ('two', ['SIGKILL', 'after_batch', 5, None, 0], ['SIGTERM', 'after_batch', 4, None, 1], ['os', 'replace', 4, 1]),
+]
+
+waits = pytest.mark.xfail(not hasattr(GradientAccumulation, 'state_dict'), reason='`GradientAccumulation` has no state yet', strict=True)
+
+@pytest.mark.parametrize('case,deaths', [pytest.param(case, deaths, marks=waits if case == 'ours' else ()) for case,*deaths in killed], ids=[f'{o[0]}-{i}' for i,o in enumerate(killed)])
+def test_killed(server, case, deaths):
+    ends = server.assert_same(case, *deaths)
+    assert len(ends) == len(deaths)+1, ends # each death was died
+    for end,(how,*_) in zip(ends, deaths): assert end == -getattr(signal, how, signal.SIGKILL)
+
+n_deaths = int(os.environ.get('TEST_DEATHS', 0))
+
+@pytest.mark.skipif(not n_deaths, reason='TEST_DEATHS=100 dies a hundred random deaths')
+@pytest.mark.parametrize('seed', range(max(1, n_deaths//4)))
+def test_random_deaths(server, seed):
+    rng = rnd.Random(seed)
+    case = sorted(cases)[seed%len(cases)]
+    def death():
+        kind = rng.choice(['batch', 'batch', 'valid', 'epoch', 'os'])
+        if kind == 'os': how = ['os', *rng.choice([('save', rng.randint(1, 6)), ('replace', rng.randint(1, 12)), ('fsync', rng.randint(1, 12))])]
+        else:
+            events = dict(batch=['before_batch', 'after_pred', 'after_loss', 'after_batch', 'after_step'], valid=['before_batch', 'after_batch'],
+                          epoch=['before_train', 'after_train', 'before_validate', 'after_validate', 'after_epoch', 'before_epoch', 'after_fit'])[kind]
+            how = [rng.choice(['SIGKILL', 'SIGTERM']), rng.choice(events), rng.randint(1, dict(batch=9, valid=3, epoch=2)[kind]),
+                   'valid' if kind == 'valid' else None]
+        return [*how, rng.randint(0, 1)] if case == 'two' else how
+    server.assert_same(case, *[death() for _ in range(4)])
+
+
+# Cut off by an exception, in this process
+
+class Cut(Exception): "The fit ends here"
+
+class Cuts(Callback):
+    "Cut off at an event; in each fit that is compared there is one"
+    order = 160
+    def __init__(self, event=None, n=0): self._plan = dict(event=event, left=object()),
+    def __call__(self, event):
+        if Cuts.at and event == Cuts.at[0]:
+            Cuts.at = (event, Cuts.at[1]-1)
+            if Cuts.at[1] == 0:
+                Cuts.at = None
+                raise Cut
+    at = None
+
+def fitted(folder, make, at=None):
+    "The Learner after a fit that is cut off at the `n`-th of an event"
+    folder.mkdir(exist_ok=True)
+    Cuts.at = at
+    learn = make(folder)
+    try: learn.todo()
+    except Cut: leave_autocast()
+    return learn
+
+def leave_autocast():
+    "fastai's mixed precision leaves it on when a batch fails"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        if not torch.is_autocast_cpu_enabled(): return
+        torch.set_autocast_cpu_enabled(False)
+    torch.autocast_decrement_nesting()
+    torch.clear_autocast_cache()
+
+def richly(folder, cbs=(), n_epoch=3, **kwargs):
+    "A Learner with something of everything that is kept; `todo` fits"
+    learn = learner(folder, metrics=[mae, rmse()], **kwargs)
+    learn.recorder.train_metrics = True
+    learn.resumes = Kept()
+    learn.todo = lambda: learn.fit_one_cycle(n_epoch, .05, cbs=[
+        learn.resumes, Cuts(), Seen(), Every2(), CSVLogger(), SaveModelCallback(),
+        EarlyStoppingCallback(min_delta=10., patience=9), CpuMixedPrecision(init_scale=2.**10, growth_interval=3), _Last(), *cbs])
+    return learn
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    "What a fit leaves that nobody cuts off"
+    folder = tmp_path_factory.mktemp('whole')
+    return outcome(folder, fitted(folder, richly))
+
+def file_of(folder): return folder/'resume.pth'
+def change(folder, f):
+    "Let `f` change what the file says"
+    saved = torch.load(file_of(folder), weights_only=True)
+    f(saved)
+    torch.save(saved, file_of(folder))
+
+def set_fresh(key):
+    def f(saved): saved['state']['rng'][key] = resume._pack(resume._random_state(richly(Path('.')))[key])
+    return f
+
+def drop_attr(cb, *names):
+    def f(saved):
+        for o in names: del saved['state']['cbs'][cb]['state']['attrs'][o]
+    return f
+
+def dropped(*path, to=None):
+    "Without what is at `path`, or with `to` in its place"
+    def f(saved):
+        o = saved
+        for k in path[:-1]: o = o[k]
+        if to is None: del o[path[-1]]
+        else: o[path[-1]] = to(o[path[-1]]) if callable(to) else to
+    return f
+
+def zeroed(o): return {k: v*0 for k,v in o.items()}
+def other(o): return resume._pack(random.Random(3).getstate())
+
+pieces = dict(
+    none=lambda saved: None,
+    weights=dropped('state', 'model', 'state', to=zeroed),
+    buffers=dropped('state', 'model', 'buffers', to={}),
+    attributes=dropped('state', 'model', 'attrs', to={}),
+    gradients=dropped('state', 'grads', to=lambda o: {k: 0 for k in o}),
+    optimizer=lambda saved: [o.update(step=1) for o in saved['state']['opt']['state']],
+    scaler=dropped('state', 'scaler', to=0),
+    pct_train=dropped('state', 'learn', 'pct_train'), train_iter=dropped('state', 'learn', 'train_iter'),
+    metrics=dropped('state', 'metrics', to=[]),
+    python=dropped('state', 'rng', 'python', to=other),
+    numpy=dropped('state', 'rng', 'numpy', to=lambda o: resume._pack(np.random.RandomState(3).get_state())),
+    torch=dropped('state', 'rng', 'torch', to=lambda o: torch.Generator().manual_seed(3).get_state()),
+    data_set=dropped('state', 'rng', 'data', to={}),
+    order=dropped('drawn', 'loader', to=lambda o: {k: other(v) for k,v in o.items()}),
+    other_loaders=lambda saved: [saved['state']['loaders'].update({k: other(0)}) for k in saved['state']['loaders'] if k.startswith('1')],
+    recorder=dropped('state', 'cbs', 'Recorder.0'), losses=drop_attr('Recorder.0', 'losses'), rows=drop_attr('Recorder.0', 'values'),
+    smooth_loss=dropped('state', 'cbs', 'Recorder.0', 'state', 'parts', 'smooth_loss'),
+    tracker=drop_attr('EarlyStoppingCallback.0', 'best'), schedule=dropped('state', 'cbs', 'ParamScheduler.0'),
+    csv=dropped('state', 'cbs', 'CSVLogger.0', 'csv'), own_state=dropped('state', 'cbs', 'Every2.0'),
+    batch=lambda saved: saved['place'].__setitem__(2, saved['place'][2]-1), epoch=lambda saved: saved['place'].__setitem__(0, 0))
+
+@pytest.mark.parametrize('piece', pieces)
+def test_each_piece_is_needed(piece, whole, tmp_path):
+    "Cut off in the second epoch with a window half full; without any one piece something else comes out"
+    fitted(tmp_path, richly, ('after_batch', 13)) # 6 and 3 batches, and the fourth of the second epoch
+    assert torch.load(file_of(tmp_path), weights_only=True)['place'] == [1, 'train', 3]
+    change(tmp_path, pieces[piece])
+    try: diff = differs(whole, outcome(tmp_path, fitted(tmp_path, richly)))
+    except Exception as e: diff = [e]
+    assert bool(diff) == (piece != 'none'), diff
+
+@pytest.mark.parametrize('at', [('before_epoch', 1), ('before_train', 2), ('before_batch', 1), ('after_pred', 7), ('after_batch', 8), ('after_validate', 1),
+                                ('after_epoch', 3), ('after_fit', 1), ('before_fit', 1)], ids=str)
+def test_cut_off_anywhere(at, whole, tmp_path):
+    fitted(tmp_path, richly, at)
+    assert differs(whole, outcome(tmp_path, fitted(tmp_path, richly))) == []
+
+def test_the_same_learner_goes_on(whole, tmp_path):
+    "A cell that is run again after Ctrl-C, with the model as it was left"
+    learn = fitted(tmp_path, richly, ('after_pred', 12))
+    learn.todo()
+    left = outcome(tmp_path, learn)
+    assert differs({k: whole[k] for k in ('weights', 'rows', 'losses', 'opt')}, {k: left[k] for k in ('weights', 'rows', 'losses', 'opt')}) == []
+
+def test_neutral(tmp_path):
+    "With it, a fit that nobody cuts off is the fit without it"
+    def make(with_it):
+        def f(folder):
+            learn = learner(folder, metrics=mae)
+            learn.todo = lambda: learn.fit_one_cycle(2, .05, cbs=[*([Kept()] if with_it else []), Seen(), _Last()])
+            return learn
+        return f
+    a,b = (outcome(tmp_path/str(o), fitted(tmp_path/str(o), make(o))) for o in (True, False))
+    assert differs(a, b) == []
+
+def test_nothing_is_loaded_again(tmp_path):
+    loaded = []
+    class Counted(Noisy):
+        def __getitem__(self, i):
+            loaded.append(i)
+            return super().__getitem__(i)
+    def make(folder):
+        dls = DataLoaders(DataLoader(Counted(44, False), bs=8, shuffle=True), DataLoader(Counted(20, False), bs=8), device='cpu')
+        learn = learner(folder, dls)
+        learn.todo = lambda: learn.fit(2, .05, cbs=[Kept(), Cuts()])
+        return learn
+    fitted(tmp_path, make, ('after_batch', 4))
+    first,loaded[:] = loaded[:],[]
+    fitted(tmp_path, make)
+    assert len(first) == 4*8 and len(loaded) == 44-3*8+20+44+20
+    assert sorted(first[:24]+loaded[:20]) == list(range(44))
+
+
+# Files
+
+def simple(folder, n_epoch=3, lr=.05, cbs=(), n=44, bs=8, shuffle=True, model=None, opt=partial(SGD, mom=.9), loss=None, every=0., fname='resume', wd=None, ds=None):
+    set_seed(7)
+    dls = DataLoaders(DataLoader(ds or Noisy(n), bs=bs, shuffle=shuffle), DataLoader(Noisy(20), bs=8), device='cpu')
+    learn = learner(folder, dls, model, loss, opt_func=opt)
+    learn.resumes = ResumeFit(fname, every=every)
+    learn.todo = lambda: learn.fit(n_epoch, lr, wd=wd, cbs=[learn.resumes, Cuts(), *cbs])
+    return learn
+
+@pytest.mark.parametrize('other,says', [
+    (dict(n_epoch=4), 'epochs: 3 there, 4 here'), (dict(lr=.06), '`lr`: [0.05] there, [0.06] here'), (dict(wd=.1), '`wd`'),
+    (dict(n=45), 'training data, items: 44 there, 45 here'), (dict(bs=9), 'training data, bs'), (dict(shuffle=False), 'training data, shuffle'),
+    (dict(model=nn.Linear(3, 1)), 'of the model'), (dict(opt=Adam), 'optimizer'), (dict(opt=partial(SGD, mom=.8)), '`mom`'),
+    (dict(loss=L1LossFlat()), 'loss'), (dict(cbs=[GradientClip(1.)]), 'callback GradientClip.0: none there'), (dict(ds=Noisy(44).x.numpy()[::-1].tolist()), 'training data')], ids=str)
+def test_other_fits_are_refused(other, says, tmp_path):
+    fitted(tmp_path, simple, ('after_batch', 4))
+    before = file_of(tmp_path).read_bytes()
+    (tmp_path/'history.csv').write_text('mine')
+    with pytest.raises(ValueError, match='is not of this fit') as e: fitted(tmp_path, partial(simple, **other))
+    assert says in str(e.value) and '`fname`' in str(e.value) and 'delete' in str(e.value), e.value
+    assert file_of(tmp_path).read_bytes() == before and (tmp_path/'history.csv').read_text() == 'mine'
+
+def test_arguments_of_callbacks_and_versions(tmp_path):
+    fitted(tmp_path, partial(simple, cbs=[GradientClip(1.), CSVLogger()]), ('after_batch', 4))
+    csv = (tmp_path/'history.csv').read_text()
+    with pytest.raises(ValueError, match='`max_norm` of GradientClip.0: 1.0 there, 2.0 here'): fitted(tmp_path, partial(simple, cbs=[GradientClip(2.), CSVLogger()]))
+    assert (tmp_path/'history.csv').read_text() == csv # it had not been opened yet
+    change(tmp_path, lambda saved: saved.update(version='0.0.0'))
+    with pytest.raises(ValueError, match='version of fastcb_training: 0.0.0 there'): fitted(tmp_path, partial(simple, cbs=[GradientClip(1.), CSVLogger()]))
+
+@pytest.mark.parametrize('size', [0, 100, .5, -1])
+def test_a_broken_file(size, tmp_path):
+    "The one before it; none that can be read is an error"
+    expected = fitted(tmp_path/'whole', simple)
+    fitted(tmp_path, simple, ('after_batch', 5))
+    content = file_of(tmp_path).read_bytes()
+    def broken(o): return o[:int(len(o)*size) if size == .5 else size] if size != -1 else o[:len(o)//2]+bytes([o[len(o)//2]^1])+o[len(o)//2+1:]
+    file_of(tmp_path).write_bytes(broken(content))
+    both = tmp_path/'both'
+    shutil.copytree(tmp_path, both)
+    with pytest.warns(UserWarning, match='older file'): learn = fitted(tmp_path, simple)
+    assert differs(expected.model.state_dict(), learn.model.state_dict()) == []
+    (both/'resume.prev').write_bytes(broken((both/'resume.prev').read_bytes()))
+    with pytest.raises(RuntimeError, match='resume.prev.*can.t be read.*Delete'): fitted(both, simple)
+    assert file_of(both).exists()
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    save,n = torch.save,[0]
+    def full(state, f, **kwargs):
+        n[0] += 1
+        if n[0] in (3, 4):
+            f.write(b'half of it')
+            raise OSError(28, 'No space left on device')
+        save(state, f, **kwargs)
+    expected = fitted(tmp_path/'whole', simple)
+    monkeypatch.setattr(torch, 'save', full)
+    with pytest.warns(UserWarning, match='could not be written.*No space left') as seen: fitted(tmp_path, simple, ('after_batch', 5))
+    assert len([o for o in seen if 'could not be' in str(o.message)]) == 1
+    assert torch.load(file_of(tmp_path), weights_only=True)['place'] == [0, 'train', 2] and not (tmp_path/'resume.new').exists()
+    assert differs(expected.model.state_dict(), fitted(tmp_path, simple).model.state_dict()) == []
+
+def test_when_it_saves(tmp_path, monkeypatch):
+    places = []
+    monkeypatch.setattr(resume, '_write_file', lambda path, state: places.append(state['place']))
+    fitted(tmp_path, partial(simple, every=10.))
+    assert places == [[i, None, 0] for i in (1, 2, 3)]
+    places.clear()
+    fitted(tmp_path, partial(simple, n_epoch=1))
+    assert places == [[0, 'train', i] for i in range(1, 6)]+[[0, 'validate', i] for i in (1, 2)]+[[1, None, 0]]
+
+def test_a_fit_that_ended_has_no_file(tmp_path):
+    fitted(tmp_path, simple)
+    assert not list(tmp_path.glob('resume*'))
+
+def test_two_fits_of_one_name(tmp_path):
+    fitted(tmp_path, simple, ('after_batch', 4))
+    fitted(tmp_path, partial(simple, n_epoch=2, fname='second'), ('after_batch', 4)) # has its own
+    assert (tmp_path/'second.pth').exists()
+
+
+# How it ends
+
+def test_minutes(tmp_path):
+    expected = fitted(tmp_path/'whole', simple)
+    learn = simple(tmp_path)
+    learn.resumes.minutes = 1e-9
+    with pytest.warns(UserWarning, match='ended after 1e-09 minutes, in epoch 0.*goes on'): learn.todo()
+    assert learn.resumes.stopped and torch.load(file_of(tmp_path), weights_only=True)['place'] == [0, 'train', 1]
+    learn = fitted(tmp_path, simple)
+    assert not learn.resumes.stopped and differs(expected.model.state_dict(), learn.model.state_dict()) == []
+
+def test_minutes_end_a_fine_tune(tmp_path):
+    learn = learner(tmp_path, splitter=lambda m: [params(m.layers[:3]), params(m.layers[3:])])
+    with pytest.warns(UserWarning, match='ended after'): learn.fine_tune(2, freeze_epochs=1, cbs=[res := ResumeFit(minutes=1e-9)])
+    assert res.stopped and learn.train_iter == 0 and torch.load(file_of(tmp_path), weights_only=True)['place'] == [0, 'train', 1]
+
+@pytest.mark.parametrize('on_learner', [False, True])
+def test_a_handler_of_the_users(on_learner, tmp_path):
+    "It is asked when the fit has ended in order, and is there afterwards"
+    seen,old = [],signal.signal(signal.SIGTERM, lambda *args: seen.append(learn.in_order))
+    try:
+        learn = learner(tmp_path)
+        learn.in_order = False
+        def end(cb): learn.in_order = True
+        cbs = [Kept(), At('after_pred', lambda cb: os.kill(os.getpid(), signal.SIGTERM), it=3), At('after_fit', end, order=100)]
+        if on_learner: learn.add_cb(cbs.pop(0))
+        handler = signal.getsignal(signal.SIGTERM)
+        with pytest.warns(UserWarning, match='SIGTERM'): learn.fit(1, .05, cbs=cbs)
+        assert seen == [True] and signal.getsignal(signal.SIGTERM) is handler
+        assert torch.load(file_of(tmp_path), weights_only=True)['place'] == [0, 'train', 4]
+    finally: signal.signal(signal.SIGTERM, old)
+
+def test_in_a_thread(tmp_path):
+    "Only the main thread can have a handler; the rest works"
+    expected,done = fitted(tmp_path/'whole', simple),[]
+    fitted(tmp_path, simple, ('after_batch', 4))
+    thread = threading.Thread(target=lambda: done.append(fitted(tmp_path, simple)))
+    thread.start(), thread.join()
+    assert differs(expected.model.state_dict(), done[0].model.state_dict()) == []
+
+def test_only_a_fit(tmp_path):
+    "`validate`, `get_preds` and `lr_find` write nothing, and take nothing from a file"
+    fitted(tmp_path, simple, ('after_batch', 4))
+    before = file_of(tmp_path).read_bytes()
+    learn = simple(tmp_path)
+    learn.add_cb(Kept())
+    learn.validate(), learn.get_preds(), learn.lr_find(num_it=6, show_plot=False)
+    assert file_of(tmp_path).read_bytes() == before
+
+def test_looks_and_fits_inside(tmp_path):
+    "A validation, a finder and a fit in the middle of it are their own"
+    def make(folder):
+        learn = learner(folder)
+        def look(cb):
+            if cb.epoch == 1:
+                learn.validate()
+                learn.get_preds()
+        learn.todo = lambda: learn.fit(3, .05, cbs=[Kept(), Cuts(), Seen(), At('after_train', look), _Last()])
+        return learn
+    expected = outcome(tmp_path/'whole', fitted(tmp_path/'whole', make))
+    fitted(tmp_path, make, ('after_batch', 30))
+    assert differs(expected, outcome(tmp_path, fitted(tmp_path, make))) == []
+
+def test_a_state_that_is_no_data_is_said_at_once(tmp_path):
+    class Odd(Callback):
+        def state_dict(self): return dict(f=Odd)
+        def load_state_dict(self, state): pass
+    learn = learner(tmp_path)
+    with pytest.raises(TypeError, match='Odd.state_dict.*plain data'): learn.fit(1, .05, cbs=[ResumeFit(), Odd()])
+    assert learn.train_iter == 1
+
+@pytest.mark.parametrize('o', [None, True, -3, 2.5, float('nan'), 'é', b'\0a', [1, 'a', None], [1.5, tensor(2)], (1, (2,)), {'a': [1], 2: {}}, {1, 2}, L(1, 2), L(),
+    deque([1, 2], 3), Path('a/b'), Fraction(1, 3), 1+2j, np.float32(.1), np.int64(3), np.arange(6).reshape(2, 3)[:, 1:], np.array(['a', 'bc']), np.array(3.),
+    [np.float64(1), np.float64(2)], [tensor(1.), tensor(2.)], torch.rand(3, 4).t(), tensor([True]), random.getstate(), np.random.get_state(), OrderedDict(a=1)], ids=lambda o: str(o)[:30])
+def test_what_is_packed_comes_back(o, tmp_path):
+    torch.save(resume._pack(o), tmp_path/'o')
+    back = resume._unpack(torch.load(tmp_path/'o', weights_only=True))
+    assert type(back) is type(o) and repr(back) == repr(o)
+    if isinstance(o, list|L): assert list(map(type, back)) == list(map(type, o))
+
+@pytest.mark.parametrize('o', [len, object(), nn.Linear(1, 1), nn.Parameter(torch.rand(1)), [1, len], {'a': object()}, {(1, 2): 3}, np.array([len])], ids=lambda o: type(o).__name__)
+def test_what_is_no_data(o):
+    with pytest.raises(resume._NoData): resume._pack(o)
+
+def pickled(o): return pickle.loads(pickle.dumps(o))
+
+class Copied(Callback):
+    "Copy the Learner's `ResumeFit` after the first epoch"
+    order,copies = 10,{}
+    def __init__(self, how): self.how = how
+    def after_epoch(self): Copied.copies.setdefault(self.how, self.how(self.kept))
+
+@pytest.mark.parametrize('how', [copy, deepcopy, pickled])
+def test_copies(how, tmp_path):
+    "New, and in the middle of a fit"
+    cb = how(ResumeFit('a', every=3, minutes=5))
+    assert (cb.fname, cb.every, cb.minutes) == ('a', 3, 5)
+    expected,learn = fitted(tmp_path/'whole', simple),simple(tmp_path)
+    del learn.todo # can't be pickled
+    learn.fit(2, .05, cbs=[Kept(), Copied(how)])
+    assert not file_of(tmp_path).exists()
+    learn = simple(tmp_path)
+    learn.resumes = Copied.copies[how]
+    learn.todo()
+    assert not file_of(tmp_path).exists() and differs(expected.model.state_dict(), learn.model.state_dict()) == []
+
+@pytest.mark.parametrize('kwargs,error', [(dict(fname=''), ValueError), (dict(fname=3), TypeError), (dict(every=-1), ValueError), (dict(every=float('nan')), ValueError),
+    (dict(every='1'), TypeError), (dict(every=True), TypeError), (dict(minutes=0), ValueError), (dict(minutes='1'), TypeError), (dict(minutes=float('nan')), ValueError)], ids=str)
+def test_refusals(kwargs, error):
+    with pytest.raises(error, match=f'`{[*kwargs][0]}` has to be'): ResumeFit(**kwargs)
