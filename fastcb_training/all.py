@@ -2,4 +2,5 @@
 from .shortepoch import *
 from .accumulation import *
 from .clip import *
+from .microbatch import *
 from .bnfreeze import *
