@@ -7,7 +7,7 @@ Docs: https://fastcb.github.io/fastcb_training/microbatch.html.md"""
 # %% auto #0
 __all__ = ['MicroBatch']
 
-# %% ../nbs/05_microbatch.ipynb #ef4513fd
+# %% ../nbs/05_microbatch.ipynb #273abd4d
 import gc
 from collections.abc import MutableMapping
 from contextlib import ExitStack, contextmanager
@@ -28,7 +28,7 @@ from torch.utils.checkpoint import _get_autocast_kwargs
 
 from .core import FitCallback, check, step_params
 
-# %% ../nbs/05_microbatch.ipynb #869040ad
+# %% ../nbs/05_microbatch.ipynb #b45e8670
 class MicroBatch(FitCallback):
     "Send each batch through the model in parts that fit in memory, and train as if it had gone whole"
     order = inf # the others have done to the batch and the model what they want
@@ -53,7 +53,7 @@ class MicroBatch(FitCallback):
 _remembers = ('`MicroBatch` cannot split a batch for a model that remembers the one before (`ModelResetter`): '
               'the second microbatch would follow the first.')
 
-# %% ../nbs/05_microbatch.ipynb #b4b82a6e
+# %% ../nbs/05_microbatch.ipynb #6619df2f
 @patch
 def _stand_in(self:MicroBatch):
     "Make the model's next call ours"
@@ -76,7 +76,7 @@ def _stand_in(self:MicroBatch):
 def _step_aside(self:MicroBatch):
     if self._put_back: self._put_back()
 
-# %% ../nbs/05_microbatch.ipynb #43afa5b4
+# %% ../nbs/05_microbatch.ipynb #364c55e6
 @patch
 def _through(self:MicroBatch, batch):
     "The model's output for the `batch`, in the largest parts that fit"
@@ -84,7 +84,7 @@ def _through(self:MicroBatch, batch):
     out,failed = _try(batch.through, size)
     while failed:
         size = batch.smaller(batch.parts, failed)
-        out,failed = _try(batch.through, size)
+        out,failed = _try(batch.through, size, after=failed)
     if size != self.size: self._found(batch, size)
     return out
 
@@ -93,12 +93,14 @@ def _found(self:MicroBatch, batch, size):
     print(f'Memory ran out: batches of {batch.n} items go through the model {size} at a time.')
     self.size = size
 
-# %% ../nbs/05_microbatch.ipynb #1711c78a
-def _try(f, *args):
-    "What `f` gives, and None; or None, and the error if memory ran out"
+# %% ../nbs/05_microbatch.ipynb #cc8217ae
+def _try(f, *args, after=None):
+    "What `f` gives, and None; or None, and the error if memory ran out, perhaps `after` it had before"
     try: return f(*args),None
     except Exception as e:
-        if not _out_of_memory(e): raise
+        if not _out_of_memory(e):
+            if after: raise e from after
+            raise
         e.__traceback__ = e.__context__ = None # their frames hold all that the try has computed
         torch.clear_autocast_cache()
         gc.collect()
@@ -111,7 +113,7 @@ def _out_of_memory(e):
     if isinstance(e, (_OutOfMemory, MemoryError)): return True
     return isinstance(e, RuntimeError) and any(o in str(e) for o in _messages)
 
-# %% ../nbs/05_microbatch.ipynb #f97c68c9
+# %% ../nbs/05_microbatch.ipynb #798c3446
 def _map(f, nest):
     "`nest` with `f` of each of its leaves"
     if isinstance(nest, MutableMapping):
@@ -133,7 +135,7 @@ def _with_tensors(nest, tensors):
     tensors = iter(tensors)
     return _map(lambda o: next(tensors) if isinstance(o, Tensor) else o, nest)
 
-# %% ../nbs/05_microbatch.ipynb #034377ca
+# %% ../nbs/05_microbatch.ipynb #c3346978
 _same_for_all = Number,str,bytes,type(None),torch.dtype,torch.device # no items in these
 
 def _n_items(nest):
@@ -146,7 +148,7 @@ def _n_items(nest):
         raise ValueError(f'`MicroBatch` splits all inputs along their first dimension, the items, and these have {sizes}.')
     return sizes[0]
 
-# %% ../nbs/05_microbatch.ipynb #abdbb75f
+# %% ../nbs/05_microbatch.ipynb #4b55d60a
 def _join(nests, counts):
     "The outputs for `counts` items each as one"
     columns = list(zip(*map(_leaves, nests), strict=True))
@@ -167,7 +169,7 @@ def _joined(leaves, counts):
                          f'shapes {shapes} for {counts} items.')
     return torch.cat(leaves)
 
-# %% ../nbs/05_microbatch.ipynb #1a055983
+# %% ../nbs/05_microbatch.ipynb #bc55cdf6
 class _State:
     "The random states and the buffers of `model`, as they are now"
     def __init__(self, model):
@@ -185,7 +187,7 @@ class _State:
                 if m._buffers[name] is not b: m._buffers[name] = b
                 b.data.copy_(value) # `data`, since a graph may have saved `b`, and would find it changed
 
-# %% ../nbs/05_microbatch.ipynb #7b7c9c22
+# %% ../nbs/05_microbatch.ipynb #2ffab229
 def _random_states():
     mps = torch.backends.mps.is_available()
     return get_random_states(),torch.mps.get_rng_state() if mps else None # fastai leaves a Mac's GPU out
@@ -200,7 +202,7 @@ def _autocasts(tensors):
     asked = dict(zip((device, 'cpu'), _get_autocast_kwargs(device)))
     return {o: kwargs for o,kwargs in asked.items() if kwargs and kwargs['enabled']}
 
-# %% ../nbs/05_microbatch.ipynb #389be288
+# %% ../nbs/05_microbatch.ipynb #310a3b22
 class _Part:
     "Items of a batch that go through the model at once"
     random = whole = draws = None # The random states that it began with; what it was split off, and what that drew
@@ -218,7 +220,7 @@ class _Part:
             for o in parts: o.random,o.whole = self.random,self.whole or self
         return parts
 
-# %% ../nbs/05_microbatch.ipynb #d5a0c872
+# %% ../nbs/05_microbatch.ipynb #eb4e52f6
 class _Batch:
     "A batch on its way through the model and back"
     kept = None # Inputs and outputs of the last part, which keeps its graph
@@ -243,7 +245,7 @@ class _Batch:
         args,kwargs = _with_tensors(self.nest, inputs)
         return self.forward(*args, **kwargs)
 
-# %% ../nbs/05_microbatch.ipynb #c6b3cf13
+# %% ../nbs/05_microbatch.ipynb #9c4f5a66
 @patch
 def through(self:_Batch, size):
     "The output for all items, from parts of at most `size`; the last part keeps its graph"
@@ -268,7 +270,7 @@ def through(self:_Batch, size):
         self.state.load()
         raise
 
-# %% ../nbs/05_microbatch.ipynb #236d7185
+# %% ../nbs/05_microbatch.ipynb #9077842d
 @patch
 def linked(self:_Batch, out):
     "`out`, with a backward pass that leads here"
@@ -287,35 +289,47 @@ class _Link(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx, *grads): return None,None,None,*ctx.batch.backward(ctx.saved_tensors, grads)
+    def backward(ctx, *grads):
+        tensors = ctx.saved_tensors
+        try: return None,None,None,*ctx.batch.backward(tensors, grads)
+        except Exception as e:
+            if any(map(_out_of_memory, (e, e.__cause__))): ctx.batch.state.load() # what did not fit leaves nothing
+            raise
 
-# %% ../nbs/05_microbatch.ipynb #be92b82f
+# %% ../nbs/05_microbatch.ipynb #5a2cdc45
 @patch
 def backward(self:_Batch, tensors, grads):
     "The gradients of inputs and parameters from those of the outputs"
     inputs,create = tensors[:len(self.inputs)],torch.is_grad_enabled()
-    todo,pieces,total,size = list(self.parts),[],[None]*len(self.params),None
+    todo,pieces,sums,failed = list(self.parts),[],[_Sum() for _ in self.params],None
     with _without_hooks(self.params):
         while todo:
-            got,failed = _try(self.part_grads, todo[-1], inputs, grads, create)
-            if failed: # nothing of it has arrived anywhere
-                size = self.smaller(todo, failed)
+            got,now = _try(self.part_grads, todo[-1], inputs, grads, create, after=failed)
+            if now: # nothing of it has arrived anywhere
+                failed,size = now,self.smaller(todo, now)
                 todo = [o for part in todo for o in part.split(self.n, size)]
                 continue
             todo.pop()
-            for i in reversed(range(len(total))): total[i] = _plus(total[i], got.pop()) # one by one: two copies, not three
+            for o in reversed(sums): o.add(got.pop(), create) # one by one: two copies at once, not three
             pieces.insert(0, got)
-    if size: self.cb._found(self, size)
-    return *(_whole_grad(*o) for o in zip(inputs, zip(*pieces))),*total
+    if failed: self.cb._found(self, size)
+    return *(_whole_grad(*o) for o in zip(inputs, zip(*pieces))),*(o.sum for o in sums)
 
-def _plus(a, b): return b if a is None else a if b is None else a+b
+class _Sum:
+    "A sum of gradients, or None if there was none"
+    sum,ours = None,False
+    def add(self, grad, create):
+        if grad is None: return
+        if self.sum is None: self.sum = grad # which may be another parameter's, too
+        elif self.ours and not create: self.sum += grad
+        else: self.sum,self.ours = self.sum+grad,True
 
 def _whole_grad(t, pieces):
     "The gradient of an input from those of its parts, or from the parts' gradients of one that all share"
     if any(o is None for o in pieces): return None
     return torch.cat(pieces) if t.ndim and len(pieces) > 1 else sum(pieces[1:], start=pieces[0])
 
-# %% ../nbs/05_microbatch.ipynb #d6fcc56f
+# %% ../nbs/05_microbatch.ipynb #6ed636d3
 @patch
 def part_grads(self:_Batch, part, inputs, grads, create):
     "The gradients of the part's inputs and the parameters"
@@ -339,7 +353,7 @@ def again(self:_Batch, part, inputs, create):
         inputs = [part.of(o).clone() for o in inputs] if create else self.of(part, inputs)
         return inputs,_tensors(self.run(inputs))
 
-# %% ../nbs/05_microbatch.ipynb #0804c03e
+# %% ../nbs/05_microbatch.ipynb #bbe5f17d
 @patch
 @contextmanager
 def as_in_forward(self:_Batch, part):
@@ -370,7 +384,7 @@ def _without_hooks(params):
     finally:
         for o,own in hooks: o.update(own)
 
-# %% ../nbs/05_microbatch.ipynb #7bc33a8c
+# %% ../nbs/05_microbatch.ipynb #514777a4
 @patch
 def smaller(self:_Batch, parts, failed):
     "Half the size of the largest of the `parts`"
@@ -378,10 +392,9 @@ def smaller(self:_Batch, parts, failed):
     except (TypeError, ValueError) as e: raise e from failed
     largest = max(len(range(n)[o.items]) for o in parts)
     if largest > 1: return ceil(largest/2)
-    self.state.load()
     raise _OutOfMemory('One item alone does not fit in memory: `MicroBatch` has nothing left to split.') from failed
 
-# %% ../nbs/05_microbatch.ipynb #9687efb0
+# %% ../nbs/05_microbatch.ipynb #b991d457
 class _Draws(TorchDispatchMode):
     "What random operations draw for a part; then, `of` a part of it, its share of that"
     def __init__(self, part, n):
@@ -410,7 +423,7 @@ def draw(self:_Batch, whole, inputs):
     with self.as_in_forward(whole), torch.no_grad(), draws: self.run(self.of(whole, inputs))
     whole.draws = draws
 
-# %% ../nbs/05_microbatch.ipynb #d3c18d29
+# %% ../nbs/05_microbatch.ipynb #eb0659d3
 class _Statistics:
     "The running statistics of `model`, moved once, by what all parts have seen"
     def __init__(self, model, state, several):
@@ -444,7 +457,7 @@ class _Statistics:
 _synchronised = ('`MicroBatch` cannot split batches for `SyncBatchNorm`: processes that split differently would wait for each '
                  'other for ever. Use `distrib_ctx(sync_bn=False)`.')
 
-# %% ../nbs/05_microbatch.ipynb #da78143e
+# %% ../nbs/05_microbatch.ipynb #3622c15e
 def _moments(layer, parts):
     "Mean and variance over all items, from `(count, mean, variance)` of the parts"
     n = sum(c for c,_,_ in parts)
