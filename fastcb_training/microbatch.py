@@ -1,4 +1,23 @@
-"""CUDA out of memory: keep the batch size, the model sees as much of a batch at once as fits
+"""CUDA out of memory: keep the batch you want, and send as much of it at once through the model as fits
+
+"CUDA out of memory" usually means a smaller batch size, found by trial, and a training started anew. Every callback, statistic and schedule
+then sees small batches, and a loss that compares items with each other becomes another loss. fastai has nothing for this. Here the
+loader keeps its batch, and the batch goes through the model in *microbatches* that fit:
+
+1. **Gradient, loss, predictions, metrics and the recorder's numbers are those of the whole batch, for any loss**, also one that compares
+   items (contrastive, ranking, RMSE, MixUp's). The loss is taken once, on all outputs.
+2. **`size` is the largest microbatch.** `None` is the whole batch. Whenever memory runs out, in the forward or in the backward pass, the
+   size is halved for the same batch, kept in `size`, and printed. A try that failed leaves nothing: gradients, statistics and random
+   numbers are as if it had not been. One item that does not fit is an error that says so.
+3. **Validation and predictions are split by the same rule.**
+4. **Batchnorm normalises each microbatch by itself; its running statistics move once a batch**, with the mean and variance of the whole
+   batch.
+5. **Random layers draw once for each item.** Other callbacks see one batch and one backward pass, mixed precision included. Under
+   `DistributedDataParallel` a batch synchronises once.
+6. **Inputs and outputs are tensors or nests of them**, split and joined along the first dimension. What cannot be split or joined is an
+   error, and so is a model that remembers the batch before (`ModelResetter`).
+7. **Where all fits it costs nothing.** Otherwise it costs one more forward pass for all microbatches but the last, at most 4/3 of the time.
+   Peak memory is that of training with the microbatch, plus the outputs, plus at most two copies of the gradients.
 
 Docs: https://fastcb.github.io/fastcb_training/microbatch.html.md"""
 
@@ -7,7 +26,7 @@ Docs: https://fastcb.github.io/fastcb_training/microbatch.html.md"""
 # %% auto #0
 __all__ = ['MicroBatch']
 
-# %% ../nbs/05_microbatch.ipynb #273abd4d
+# %% ../nbs/05_microbatch.ipynb #f87f6972
 import gc
 from collections.abc import MutableMapping
 from contextlib import ExitStack, contextmanager
@@ -28,7 +47,7 @@ from torch.utils.checkpoint import _get_autocast_kwargs
 
 from .core import FitCallback, check, step_params
 
-# %% ../nbs/05_microbatch.ipynb #b45e8670
+# %% ../nbs/05_microbatch.ipynb #192209b1
 class MicroBatch(FitCallback):
     "Send each batch through the model in parts that fit in memory, and train as if it had gone whole"
     order = inf # the others have done to the batch and the model what they want
@@ -53,7 +72,7 @@ class MicroBatch(FitCallback):
 _remembers = ('`MicroBatch` cannot split a batch for a model that remembers the one before (`ModelResetter`): '
               'the second microbatch would follow the first.')
 
-# %% ../nbs/05_microbatch.ipynb #6619df2f
+# %% ../nbs/05_microbatch.ipynb #9ce4fbfd
 @patch
 def _stand_in(self:MicroBatch):
     "Make the model's next call ours"
@@ -76,7 +95,7 @@ def _stand_in(self:MicroBatch):
 def _step_aside(self:MicroBatch):
     if self._put_back: self._put_back()
 
-# %% ../nbs/05_microbatch.ipynb #364c55e6
+# %% ../nbs/05_microbatch.ipynb #f040f4c9
 @patch
 def _through(self:MicroBatch, batch):
     "The model's output for the `batch`, in the largest parts that fit"
@@ -93,7 +112,7 @@ def _found(self:MicroBatch, batch, size):
     print(f'Memory ran out: batches of {batch.n} items go through the model {size} at a time.')
     self.size = size
 
-# %% ../nbs/05_microbatch.ipynb #cc8217ae
+# %% ../nbs/05_microbatch.ipynb #b792585e
 def _try(f, *args, after=None):
     "What `f` gives, and None; or None, and the error if memory ran out, perhaps `after` it had before"
     try: return f(*args),None
@@ -113,7 +132,7 @@ def _out_of_memory(e):
     if isinstance(e, (_OutOfMemory, MemoryError)): return True
     return isinstance(e, RuntimeError) and any(o in str(e) for o in _messages)
 
-# %% ../nbs/05_microbatch.ipynb #798c3446
+# %% ../nbs/05_microbatch.ipynb #7e6f4e27
 def _map(f, nest):
     "`nest` with `f` of each of its leaves"
     if isinstance(nest, MutableMapping):
@@ -135,7 +154,7 @@ def _with_tensors(nest, tensors):
     tensors = iter(tensors)
     return _map(lambda o: next(tensors) if isinstance(o, Tensor) else o, nest)
 
-# %% ../nbs/05_microbatch.ipynb #c3346978
+# %% ../nbs/05_microbatch.ipynb #eed9de15
 _same_for_all = Number,str,bytes,type(None),torch.dtype,torch.device # no items in these
 
 def _n_items(nest):
@@ -148,7 +167,7 @@ def _n_items(nest):
         raise ValueError(f'`MicroBatch` splits all inputs along their first dimension, the items, and these have {sizes}.')
     return sizes[0]
 
-# %% ../nbs/05_microbatch.ipynb #4b55d60a
+# %% ../nbs/05_microbatch.ipynb #94004ada
 def _join(nests, counts):
     "The outputs for `counts` items each as one"
     columns = list(zip(*map(_leaves, nests), strict=True))
@@ -169,7 +188,22 @@ def _joined(leaves, counts):
                          f'shapes {shapes} for {counts} items.')
     return torch.cat(leaves)
 
-# %% ../nbs/05_microbatch.ipynb #bc55cdf6
+# %% ../nbs/05_microbatch.ipynb #ecfe2cfe
+def _random_states():
+    mps = torch.backends.mps.is_available()
+    return get_random_states(),torch.mps.get_rng_state() if mps else None # fastai leaves a Mac's GPU out
+
+def _set_random_states(states):
+    set_random_states(**states[0])
+    if states[1] is not None: torch.mps.set_rng_state(states[1])
+
+def _autocasts(tensors):
+    "What `torch.autocast` is asked for now, by type of device"
+    device = first(o.device.type for o in tensors if o.device.type != 'cpu') or 'cpu'
+    asked = dict(zip((device, 'cpu'), _get_autocast_kwargs(device)))
+    return {o: kwargs for o,kwargs in asked.items() if kwargs and kwargs['enabled']}
+
+# %% ../nbs/05_microbatch.ipynb #1c99811b
 class _State:
     "The random states and the buffers of `model`, as they are now"
     def __init__(self, model):
@@ -187,22 +221,7 @@ class _State:
                 if m._buffers[name] is not b: m._buffers[name] = b
                 b.data.copy_(value) # `data`, since a graph may have saved `b`, and would find it changed
 
-# %% ../nbs/05_microbatch.ipynb #2ffab229
-def _random_states():
-    mps = torch.backends.mps.is_available()
-    return get_random_states(),torch.mps.get_rng_state() if mps else None # fastai leaves a Mac's GPU out
-
-def _set_random_states(states):
-    set_random_states(**states[0])
-    if states[1] is not None: torch.mps.set_rng_state(states[1])
-
-def _autocasts(tensors):
-    "What `torch.autocast` is asked for now, by type of device"
-    device = first(o.device.type for o in tensors if o.device.type != 'cpu') or 'cpu'
-    asked = dict(zip((device, 'cpu'), _get_autocast_kwargs(device)))
-    return {o: kwargs for o,kwargs in asked.items() if kwargs and kwargs['enabled']}
-
-# %% ../nbs/05_microbatch.ipynb #310a3b22
+# %% ../nbs/05_microbatch.ipynb #8ee083fc
 class _Part:
     "Items of a batch that go through the model at once"
     random = whole = draws = None # The random states that it began with; what it was split off, and what that drew
@@ -220,7 +239,7 @@ class _Part:
             for o in parts: o.random,o.whole = self.random,self.whole or self
         return parts
 
-# %% ../nbs/05_microbatch.ipynb #eb4e52f6
+# %% ../nbs/05_microbatch.ipynb #b636b260
 class _Batch:
     "A batch on its way through the model and back"
     kept = None # Inputs and outputs of the last part, which keeps its graph
@@ -245,7 +264,7 @@ class _Batch:
         args,kwargs = _with_tensors(self.nest, inputs)
         return self.forward(*args, **kwargs)
 
-# %% ../nbs/05_microbatch.ipynb #9c4f5a66
+# %% ../nbs/05_microbatch.ipynb #d9fd7272
 @patch
 def through(self:_Batch, size):
     "The output for all items, from parts of at most `size`; the last part keeps its graph"
@@ -270,7 +289,7 @@ def through(self:_Batch, size):
         self.state.load()
         raise
 
-# %% ../nbs/05_microbatch.ipynb #9077842d
+# %% ../nbs/05_microbatch.ipynb #fccff0b7
 @patch
 def linked(self:_Batch, out):
     "`out`, with a backward pass that leads here"
@@ -296,7 +315,7 @@ class _Link(torch.autograd.Function):
             if any(map(_out_of_memory, (e, e.__cause__))): ctx.batch.state.load() # what did not fit leaves nothing
             raise
 
-# %% ../nbs/05_microbatch.ipynb #5a2cdc45
+# %% ../nbs/05_microbatch.ipynb #145e1544
 @patch
 def backward(self:_Batch, tensors, grads):
     "The gradients of inputs and parameters from those of the outputs"
@@ -329,7 +348,7 @@ def _whole_grad(t, pieces):
     if any(o is None for o in pieces): return None
     return torch.cat(pieces) if t.ndim and len(pieces) > 1 else sum(pieces[1:], start=pieces[0])
 
-# %% ../nbs/05_microbatch.ipynb #6ed636d3
+# %% ../nbs/05_microbatch.ipynb #858f2247
 @patch
 def part_grads(self:_Batch, part, inputs, grads, create):
     "The gradients of the part's inputs and the parameters"
@@ -353,7 +372,7 @@ def again(self:_Batch, part, inputs, create):
         inputs = [part.of(o).clone() for o in inputs] if create else self.of(part, inputs)
         return inputs,_tensors(self.run(inputs))
 
-# %% ../nbs/05_microbatch.ipynb #bbe5f17d
+# %% ../nbs/05_microbatch.ipynb #fed3df1d
 @patch
 @contextmanager
 def as_in_forward(self:_Batch, part):
@@ -384,7 +403,7 @@ def _without_hooks(params):
     finally:
         for o,own in hooks: o.update(own)
 
-# %% ../nbs/05_microbatch.ipynb #514777a4
+# %% ../nbs/05_microbatch.ipynb #dda62dd1
 @patch
 def smaller(self:_Batch, parts, failed):
     "Half the size of the largest of the `parts`"
@@ -394,7 +413,7 @@ def smaller(self:_Batch, parts, failed):
     if largest > 1: return ceil(largest/2)
     raise _OutOfMemory('One item alone does not fit in memory: `MicroBatch` has nothing left to split.') from failed
 
-# %% ../nbs/05_microbatch.ipynb #b991d457
+# %% ../nbs/05_microbatch.ipynb #0524227f
 class _Draws(TorchDispatchMode):
     "What random operations draw for a part; then, `of` a part of it, its share of that"
     def __init__(self, part, n):
@@ -409,9 +428,11 @@ class _Draws(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if torch.Tag.nondeterministic_seeded not in func.tags: return out
-        if self.share is None: self.seen.append([o.detach().to('cpu', copy=True) for o in _tensors(out)])
+        written = [o for o,arg in zip(args, func._schema.arguments) if arg.alias_info and arg.alias_info.is_write]
+        drawn_into = _tensors([out, written]) # `rrelu` gives one tensor and notes its draws in another
+        if self.share is None: self.seen.append([o.detach().to('cpu', copy=True) for o in drawn_into])
         else:
-            for new,drawn in zip(_tensors(out), next(self.left)):
+            for new,drawn in zip(drawn_into, next(self.left)):
                 if drawn.shape != new.shape: # else it is the same for all items
                     drawn = drawn.unflatten(0, (len(self.items), -1))[self.share].flatten(0, 1)
                 new.copy_(drawn)
@@ -423,7 +444,7 @@ def draw(self:_Batch, whole, inputs):
     with self.as_in_forward(whole), torch.no_grad(), draws: self.run(self.of(whole, inputs))
     whole.draws = draws
 
-# %% ../nbs/05_microbatch.ipynb #eb0659d3
+# %% ../nbs/05_microbatch.ipynb #db03eca1
 class _Statistics:
     "The running statistics of `model`, moved once, by what all parts have seen"
     def __init__(self, model, state, several):
@@ -457,7 +478,7 @@ class _Statistics:
 _synchronised = ('`MicroBatch` cannot split batches for `SyncBatchNorm`: processes that split differently would wait for each '
                  'other for ever. Use `distrib_ctx(sync_bn=False)`.')
 
-# %% ../nbs/05_microbatch.ipynb #3622c15e
+# %% ../nbs/05_microbatch.ipynb #9311cf92
 def _moments(layer, parts):
     "Mean and variance over all items, from `(count, mean, variance)` of the parts"
     n = sum(c for c,_,_ in parts)
