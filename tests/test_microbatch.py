@@ -57,12 +57,16 @@ def assert_close(a, b, tol=2e-6):
     assert np.allclose(a.recorder.losses, b.recorder.losses, rtol=1e-5, atol=1e-6)
 
 
-layers = dict(none=lambda: [], layernorm=lambda: [nn.LayerNorm(6)], frozen=lambda: [nn.BatchNorm1d(6).eval()],
-              spectral=lambda: [nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))])
+def spectral():
+    torch.manual_seed(1)
+    return nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))
 
-@examples(60)
+layers = dict(none=lambda: [], layernorm=lambda: [nn.LayerNorm(6)], frozen=lambda: [nn.BatchNorm1d(6).eval()],
+              spectral=lambda: [spectral()])
+
+@examples(30)
 @given(st.sampled_from([*layers]), st.sampled_from([*losses]), st.none() | st.integers(1, 20), st.integers(1, 20),
-       st.sampled_from(['forward', 'backward']), st.integers(0, 12), st.sampled_from([16, 13, 40]), st.booleans())
+       st.sampled_from(['forward', 'backward']), st.integers(0, 12), st.sampled_from([16, 12, 40]), st.booleans())
 @example('none', 'contrastive', None, 1, 'backward', 0, 16, True)
 def test_it_is_the_whole_batch(kind, loss, size, limit, where, since, bs, mixup):
     "Weights, losses and rows, whatever the loss, the size, the limit, and the moment at which memory runs out"
@@ -77,7 +81,7 @@ def test_it_is_the_whole_batch(kind, loss, size, limit, where, since, bs, mixup)
     assert probe_.events == probe.events and items(probe_.xs) == items(probe.xs)
     assert memory.failed <= 6 and (cb.size is None or cb.size <= max(limit, size or 0))
 
-@examples(30)
+@examples(20)
 @given(st.integers(4, 15), st.sampled_from([16, 13]), st.integers(0, 8))
 def test_a_size_that_was_found_is_the_size_known_beforehand(limit, bs, since):
     "Bit for bit, with layers that draw and layers that count, if the forward pass ran out, at whatever batch"
