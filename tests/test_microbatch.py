@@ -293,7 +293,7 @@ def test_in_a_process_with_a_limit_a_batch_trains_that_does_not_fit():
         def learner(cbs): return linear_learner(regression(1024, 512, n_valid=8), net(), cbs=cbs)
         learner(None).fit(1, 1e-5, cbs=At('before_batch', lambda cb: setattr(cb.learn, 'xb', (cb.x[:8],)) or setattr(cb.learn, 'yb', (cb.y[:8],))))
         used = int(open('/proc/self/statm').read().split()[0])*4096
-        resource.setrlimit(resource.RLIMIT_AS, (used+70_000_000, -1))
+        resource.setrlimit(resource.RLIMIT_AS, (used+100_000_000, -1))
         try: learner(None).fit(1, 1e-5)
         except RuntimeError as e: print('failed', "can't allocate memory" in str(e))
         learn = learner(cb := MicroBatch())
