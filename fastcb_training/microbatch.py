@@ -26,7 +26,7 @@ Docs: https://fastcb.github.io/fastcb_training/microbatch.html.md"""
 # %% auto #0
 __all__ = ['MicroBatch']
 
-# %% ../nbs/05_microbatch.ipynb #03c18267
+# %% ../nbs/05_microbatch.ipynb #65951f84
 import gc
 from collections.abc import MutableMapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -47,7 +47,7 @@ from torch.utils.checkpoint import _get_autocast_kwargs
 
 from .core import FitCallback, check, step_params
 
-# %% ../nbs/05_microbatch.ipynb #ea4d7597
+# %% ../nbs/05_microbatch.ipynb #6e3a9d4f
 class MicroBatch(FitCallback):
     "Send each batch through the model in parts that fit in memory, and train as if it had gone whole"
     order = inf # the others have done to the batch and the model what they want
@@ -56,7 +56,7 @@ class MicroBatch(FitCallback):
     def __init__(self,
         size:int=None, # Most items that go through the model at once, 1 or more; None: all, until memory runs out
     ):
-        if size is not None: check('size', size, Integral, 'a whole number, 1 or more, or None', lambda o: o >= 1)
+        if size is not None: check('size', size, Integral, 'a whole number of items, 1 or more', lambda o: o >= 1)
         store_attr()
 
     def before_batch(self):
@@ -72,7 +72,7 @@ class MicroBatch(FitCallback):
 _remembers = ('`MicroBatch` cannot split a batch for a model that remembers the one before (`ModelResetter`): '
               'the second microbatch would follow the first.')
 
-# %% ../nbs/05_microbatch.ipynb #270bf555
+# %% ../nbs/05_microbatch.ipynb #b78a183b
 @patch
 def _stand_in(self:MicroBatch):
     "Make the model's next call ours"
@@ -95,7 +95,7 @@ def _stand_in(self:MicroBatch):
 def _step_aside(self:MicroBatch):
     if self._put_back: self._put_back()
 
-# %% ../nbs/05_microbatch.ipynb #3df0495c
+# %% ../nbs/05_microbatch.ipynb #1ee60f75
 @patch
 def _through(self:MicroBatch, batch):
     "The model's output for the `batch`, in the largest parts that fit"
@@ -112,7 +112,7 @@ def _found(self:MicroBatch, batch, size):
     print(f'Memory ran out: batches of {batch.n} items go through the model {size} at a time.')
     self.size = size
 
-# %% ../nbs/05_microbatch.ipynb #e7957a9c
+# %% ../nbs/05_microbatch.ipynb #2aa2f714
 def _try(f, *args, after=None):
     "What `f` gives, and None; or None, and the error if memory ran out, perhaps `after` it had before"
     try: return f(*args),None
@@ -132,7 +132,7 @@ def _out_of_memory(e):
     if isinstance(e, (_OutOfMemory, MemoryError)): return True
     return isinstance(e, RuntimeError) and any(o in str(e) for o in _messages)
 
-# %% ../nbs/05_microbatch.ipynb #a625ff41
+# %% ../nbs/05_microbatch.ipynb #80dadd6d
 def _map(f, nest):
     "`nest` with `f` of each of its leaves"
     if isinstance(nest, MutableMapping):
@@ -154,7 +154,7 @@ def _with_tensors(nest, tensors):
     tensors = iter(tensors)
     return _map(lambda o: next(tensors) if isinstance(o, Tensor) else o, nest)
 
-# %% ../nbs/05_microbatch.ipynb #b8f13c70
+# %% ../nbs/05_microbatch.ipynb #3c67e6cb
 _same_for_all = Number,str,bytes,type(None),torch.dtype,torch.device # no items in these
 
 def _n_items(nest):
@@ -167,7 +167,7 @@ def _n_items(nest):
         raise ValueError(f'`MicroBatch` splits all inputs along their first dimension, the items, and these have {sizes}.')
     return sizes[0]
 
-# %% ../nbs/05_microbatch.ipynb #ff0b2c36
+# %% ../nbs/05_microbatch.ipynb #f9927ed4
 def _join(nests, counts):
     "The outputs for `counts` items each as one"
     columns = list(zip(*map(_leaves, nests), strict=True))
@@ -188,7 +188,7 @@ def _joined(leaves, counts):
                          f'shapes {shapes} for {counts} items.')
     return torch.cat(leaves)
 
-# %% ../nbs/05_microbatch.ipynb #7d007a85
+# %% ../nbs/05_microbatch.ipynb #d6019da5
 def _random_states():
     mps = torch.backends.mps.is_available()
     return get_random_states(),torch.mps.get_rng_state() if mps else None # fastai leaves a Mac's GPU out
@@ -203,7 +203,7 @@ def _autocasts(tensors):
     asked = dict(zip((device, 'cpu'), _get_autocast_kwargs(device)))
     return {o: kwargs for o,kwargs in asked.items() if kwargs and kwargs['enabled']}
 
-# %% ../nbs/05_microbatch.ipynb #02c53416
+# %% ../nbs/05_microbatch.ipynb #d16e18f5
 class _State:
     "The random states and the buffers of `model`, as they are now"
     def __init__(self, model):
@@ -221,7 +221,7 @@ class _State:
                 if m._buffers[name] is not b: m._buffers[name] = b
                 b.data.copy_(value) # `data`, since a graph may have saved `b`, and would find it changed
 
-# %% ../nbs/05_microbatch.ipynb #b9165e36
+# %% ../nbs/05_microbatch.ipynb #82d53dc8
 class _Part:
     "Items of a batch that go through the model at once"
     random = whole = draws = None # The random states that it began with; what it was split off, and what that drew
@@ -239,7 +239,7 @@ class _Part:
             for o in parts: o.random,o.whole = self.random,self.whole or self
         return parts
 
-# %% ../nbs/05_microbatch.ipynb #b66fa968
+# %% ../nbs/05_microbatch.ipynb #a9f5c3d6
 class _Batch:
     "A batch on its way through the model and back"
     kept = None # Inputs and outputs of the last part, which keeps its graph
@@ -264,7 +264,7 @@ class _Batch:
         args,kwargs = _with_tensors(self.nest, inputs)
         return self.forward(*args, **kwargs)
 
-# %% ../nbs/05_microbatch.ipynb #dad4d4ea
+# %% ../nbs/05_microbatch.ipynb #ce2d8374
 @patch
 def through(self:_Batch, size):
     "The output for all items, from parts of at most `size`; the last part keeps its graph"
@@ -289,7 +289,7 @@ def through(self:_Batch, size):
         self.state.load()
         raise
 
-# %% ../nbs/05_microbatch.ipynb #02258d4d
+# %% ../nbs/05_microbatch.ipynb #7ffb8e3b
 @patch
 def linked(self:_Batch, out):
     "`out`, with a backward pass that leads here"
@@ -315,7 +315,7 @@ class _Link(torch.autograd.Function):
             if any(map(_out_of_memory, (e, e.__cause__))): ctx.batch.state.load() # what did not fit leaves nothing
             raise
 
-# %% ../nbs/05_microbatch.ipynb #a52fd168
+# %% ../nbs/05_microbatch.ipynb #d359e6ce
 @patch
 def backward(self:_Batch, tensors, grads):
     "The gradients of inputs and parameters from those of the outputs"
@@ -348,7 +348,7 @@ def _whole_grad(t, pieces):
     if any(o is None for o in pieces): return None
     return torch.cat(pieces) if t.ndim and len(pieces) > 1 else sum(pieces[1:], start=pieces[0])
 
-# %% ../nbs/05_microbatch.ipynb #59f4842a
+# %% ../nbs/05_microbatch.ipynb #5780fcda
 @patch
 def part_grads(self:_Batch, part, inputs, grads, create):
     "The gradients of the part's inputs and the parameters"
@@ -372,7 +372,7 @@ def again(self:_Batch, part, inputs, create):
         inputs = [part.of(o).clone() for o in inputs] if create else self.of(part, inputs)
         return inputs,_tensors(self.run(inputs))
 
-# %% ../nbs/05_microbatch.ipynb #41766952
+# %% ../nbs/05_microbatch.ipynb #f2dc3b1a
 @patch
 @contextmanager
 def as_in_forward(self:_Batch, part):
@@ -403,7 +403,7 @@ def _without_hooks(params):
     finally:
         for o,own in hooks: o.update(own)
 
-# %% ../nbs/05_microbatch.ipynb #75ebca0d
+# %% ../nbs/05_microbatch.ipynb #490672f2
 @patch
 def smaller(self:_Batch, parts, failed):
     "Half the size of the largest of the `parts`"
@@ -413,7 +413,7 @@ def smaller(self:_Batch, parts, failed):
     if largest > 1: return ceil(largest/2)
     raise _OutOfMemory('One item alone does not fit in memory: `MicroBatch` has nothing left to split.') from failed
 
-# %% ../nbs/05_microbatch.ipynb #0019a873
+# %% ../nbs/05_microbatch.ipynb #92dff00f
 class _Draws(TorchDispatchMode):
     "What random operations draw for a part; then, `of` a part of it, its share of that"
     def __init__(self, part, n):
@@ -447,7 +447,7 @@ def draw(self:_Batch, whole, inputs):
     _,failed = _try(again)
     whole.draws = draws.of if not failed else lambda part, n: nullcontext()
 
-# %% ../nbs/05_microbatch.ipynb #bcd9b1e8
+# %% ../nbs/05_microbatch.ipynb #7dbaefdf
 class _Statistics:
     "The running statistics of `model`, moved once, by what all parts have seen"
     def __init__(self, model, state, several):
@@ -481,7 +481,7 @@ class _Statistics:
 _synchronised = ('`MicroBatch` cannot split batches for `SyncBatchNorm`: processes that split differently would wait for each '
                  'other for ever. Use `distrib_ctx(sync_bn=False)`.')
 
-# %% ../nbs/05_microbatch.ipynb #1bbdf33a
+# %% ../nbs/05_microbatch.ipynb #d215c953
 def _moments(layer, parts):
     "Mean and variance over all items, from `(count, mean, variance)` of the parts"
     n = sum(c for c,_,_ in parts)
