@@ -3,4 +3,5 @@ from .shortepoch import *
 from .resume import *
 from .accumulation import *
 from .clip import *
+from .microbatch import *
 from .bnfreeze import *

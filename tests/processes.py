@@ -122,6 +122,11 @@ cases = dict(
                                   on_learner=[GradientAccumulation(12)]),
     short=lambda: fit([ShortEpochCallback(.4)], lr=0.),
     resumed=lambda: fit([ShortEpochCallback(n_batches=2, resume=True)], n_epoch=5, shuffle=True, lr=0.),
+    micro=lambda: fit([MicroBatch(3)]),
+    micro_accumulated=lambda: fit([MicroBatch(1), GradientAccumulation(8), GradientClip(.5)]),
+    micro_unused=lambda: fit([MicroBatch(2)], model=Twice, ctx=dict(
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])),
+    micro_synchronised=lambda: fit([Synchronise, MicroBatch(2)], model=frozen_bn_model, fails=(ValueError,)),
     frozen=lambda: fit([Synchronise, BnFreeze], model=frozen_bn_model),
     all=lambda: fit([Synchronise, BnFreeze, GradientAccumulation(8), GradientClip, ShortEpochCallback(.8)],
                     model=frozen_bn_model),

@@ -36,6 +36,8 @@ refusals = {
         'norm_type': {ValueError: not_above_0, TypeError: no_numbers},
         'nonfinite': {ValueError: ['', ' ', 'Skip', 'skip ', 'warn', 'none', 'nan'],
                       TypeError: [None, True, False, 0, 1, nan, inf, b'skip', [], ['skip'], ('skip', 'raise')]}},
+    'MicroBatch': {
+        'size': {ValueError: [0, -1, int64(0)], TypeError: no_counts}},
     'BnFreeze': {
         'only_frozen': no_bools,
         'all_layers': no_bools,

@@ -15,6 +15,7 @@ from common import *
 from fastcb_training.bnfreeze import BnFreeze, frozen_bn
 from fastcb_training.accumulation import GradientAccumulation
 from fastcb_training.clip import GradientClip
+from fastcb_training.microbatch import MicroBatch
 from fastcb_training.shortepoch import ShortEpochCallback
 
 
@@ -182,7 +183,8 @@ ours = [
               call('GradientAccumulation', [2, 2.5, 'SchedCos(1, 4)'], flush=bools, count=['lambda yb: 1'])),
     st.one_of(st.just('GradientClip'), call('GradientClip', ['.01', '1', '1e3', 'inf'], [2, 1, 'inf'],
               nonfinite=["'skip'", "'raise'", "'ignore'"])),
-    st.one_of(st.just('BnFreeze'), call('BnFreeze', only_frozen=bools))]
+    st.one_of(st.just('BnFreeze'), call('BnFreeze', only_frozen=bools)),
+    st.one_of(st.just('MicroBatch'), call('MicroBatch', [3, 4, 6, 100]))]
 trackers = [call(o, patience=[1, 2]) for o in ('EarlyStoppingCallback', 'ReduceLROnPlateau')]
 savers = [call('SaveModelCallback', **{k: [True]}) for k in ('with_opt', 'every_epoch', 'at_end')]
 theirs = [call('CpuMixedPrecision', ["'bf16'"], init_scale=[1024.]),

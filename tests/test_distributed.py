@@ -75,7 +75,8 @@ def unmasked(targ): return (~targ.isnan()).sum().item()
     ('ragged', dict(n_acc=7, flush=True)), ('uneven', dict(n_acc=8)), ('clipped', dict(n_acc=8, max_norm=.5)),
     ('masked', dict(n_acc=3, loss_func=masked_mse, count=unmasked)),
     ('masked_flushed', dict(n_acc=7, flush=True, loss_func=masked_mse, count=unmasked)),
-    ('twice', dict(n_acc=8, loss_func=lambda *o: 2*F.mse_loss(*o)))])
+    ('twice', dict(n_acc=8, loss_func=lambda *o: 2*F.mse_loss(*o))),
+    ('micro', dict(n_acc=1)), ('micro_accumulated', dict(n_acc=8, max_norm=.5))])
 def test_steps_weights_and_synchronisations_are_those_of_the_big_batch(seen, case, kwargs): check(seen, case, **kwargs)
 
 
@@ -99,6 +100,17 @@ def test_unused_parameters(seen):
     for r in ranks(seen, 'unused'):
         assert r['syncs'] == len(r['grads']) > 0
         assert torch.equal(r['weights'], ranks(seen, 'unused')[0]['weights'])
+
+
+def test_microbatches_with_unused_parameters(seen):
+    "A batch synchronises once"
+    for r in ranks(seen, 'micro_unused'):
+        assert r['syncs'] == len(r['grads']) == len(r['xs'])
+        assert torch.equal(r['weights'], ranks(seen, 'micro_unused')[0]['weights'])
+
+
+def test_microbatches_are_refused_where_batchnorm_is_synchronised(seen):
+    for r in ranks(seen, 'micro_synchronised'): assert [len(r['xs']), r['grads']] == [1, []]
 
 
 def test_what_not_all_processes_use_is_flushed(seen):

@@ -17,7 +17,7 @@ allowed = dict(pct='a number above 0 and at most 1', n_batches='a whole number, 
                n_acc='a finite number above 0', count='a function of the targets',
                max_norm='a number above 0', norm_type='a number above 0', nonfinite="one of ('skip', 'raise', 'ignore')",
                m='a module', part='a function of the model, or None', path='a path', classes='one or more whole numbers from 0 to 9',
-               size='a whole number of pixels, 1 or more', before_fit='a function of the callback')
+               size='a whole number', before_fit='a function of the callback')
 
 
 def shown(value):

@@ -96,7 +96,7 @@ def arguments(cb): return {k: getattr(cb, k) for k in inspect.signature(type(cb)
 @pytest.mark.parametrize('how', [copy, deepcopy, pickled, cloudpickled])
 @pytest.mark.parametrize('cb', [
     ShortEpochCallback(short_valid=False, n_batches=2, resume=True), GradientAccumulation(len, count=sum, flush=True),
-    GradientClip(.5, 1, nonfinite='raise'), BnFreeze(only_frozen=False)], ids=repr)
+    GradientClip(.5, 1, nonfinite='raise'), BnFreeze(only_frozen=False), MicroBatch(8)], ids=repr)
 def test_copies_have_the_arguments(cb, how): assert repr(arguments(how(cb))) == repr(arguments(cb)) and arguments(cb)
 
 
@@ -154,8 +154,8 @@ def test_training_goes_on_from_a_checkpoint_as_without_one(name, on_learner, tmp
     assert_same(second(True), second(False))
 
 whole_epochs = dict(short=lambda: [ShortEpochCallback(.5)])
-whole_epochs |= {o: ours[o] for o in ('accumulation', 'clip', 'bnfreeze')}
-whole_epochs['all'] = lambda: [cb for f in list(whole_epochs.values())[:4] for cb in f()]
+whole_epochs |= {o: ours[o] for o in ('accumulation', 'clip', 'bnfreeze', 'micro')}
+whole_epochs['all'] = lambda: [cb for f in list(whole_epochs.values())[:5] for cb in f()]
 
 @pytest.mark.parametrize('name', whole_epochs)
 def test_a_fit_is_taken_up_at_the_epoch_where_it_was_cut(name, tmp_path):

@@ -1,0 +1,309 @@
+"Microbatches against the whole batch: random models, losses, sizes, limits and moments at which memory runs out"
+import gc, pickle, subprocess, sys
+from contextlib import suppress
+from math import inf
+from pathlib import Path
+from textwrap import dedent
+from weakref import WeakSet
+
+import pytest
+from hypothesis import assume, example, given, strategies as st
+
+from common import *
+from fastcb_training.bnfreeze import BnFreeze
+from fastcb_training.microbatch import MicroBatch
+
+
+class Limit(nn.Module):
+    "Memory for `n` items in the forward or only in the backward pass, from its `since`-th pass on"
+    def __init__(self, n, where, since=0):
+        super().__init__()
+        self.n,self.where,self.left,self.failed,self.alive,self.seen_alive = n,where,since,0,WeakSet(),0
+    def check(self, x):
+        self.left -= 1
+        if self.left >= 0 or len(x) <= self.n: return
+        self.failed += 1
+        self.seen_alive = max(self.seen_alive, len(self.alive))
+        big = torch.empty(1) # what a try that failed has computed
+        self.alive.add(big)
+        raise [torch.OutOfMemoryError('no'), RuntimeError("DefaultCPUAllocator: can't allocate memory")][self.failed%2]
+    def forward(self, x):
+        if self.where == 'forward': self.check(x)
+        elif x.requires_grad: x.register_hook(self.check)
+        return x
+
+
+def model(*layers, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 6), *layers, nn.Tanh(), nn.Linear(6, 1))
+
+def rmse(pred, targ): return F.mse_loss(pred, targ).sqrt()
+def contrastive(pred, targ): return F.cross_entropy(pred@pred.T, torch.arange(len(pred))) + F.mse_loss(pred, targ)
+def total(pred, targ): return F.mse_loss(pred, targ, reduction='sum')/30
+def by_rank(pred, targ): return F.mse_loss(pred.sort(0).values, targ.sort(0).values)
+losses = dict(mean=MSELossFlat(), sum=total, rmse=rmse, contrastive=contrastive, rank=by_rank)
+
+def fitted(m, cbs, loss=MSELossFlat(), n=40, bs=16, extra=(), n_epoch=2, lr=.05):
+    learn = linear_learner(regression(n, bs, n_valid=24), m, loss, cbs=cbs)
+    probe = Probe()
+    torch.manual_seed(3)
+    learn.fit(n_epoch, lr, cbs=[probe, *extra])
+    return learn,probe
+
+def state(learn): return {k: o.tolist() for k,o in learn.model.state_dict().items()}
+def assert_close(a, b, tol=2e-6):
+    for k,o in a.model.state_dict().items(): assert torch.allclose(o.double(), b.model.state_dict()[k].double(), rtol=tol*10, atol=tol), k
+    assert np.allclose(a.recorder.values, b.recorder.values, rtol=1e-5, atol=1e-6)
+    assert np.allclose(a.recorder.losses, b.recorder.losses, rtol=1e-5, atol=1e-6)
+
+
+def spectral():
+    torch.manual_seed(1)
+    return nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))
+
+layers = dict(none=lambda: [], layernorm=lambda: [nn.LayerNorm(6)], frozen=lambda: [nn.BatchNorm1d(6).eval()],
+              spectral=lambda: [spectral()])
+
+@examples(30)
+@given(st.sampled_from([*layers]), st.sampled_from([*losses]), st.none() | st.integers(1, 20), st.integers(1, 20),
+       st.sampled_from(['forward', 'backward']), st.integers(0, 12), st.sampled_from([16, 12, 40]), st.booleans())
+@example('none', 'contrastive', None, 1, 'backward', 0, 16, True)
+def test_it_is_the_whole_batch(kind, loss, size, limit, where, since, bs, mixup):
+    "Weights, losses and rows, whatever the loss, the size, the limit, and the moment at which memory runs out"
+    extra = (lambda: [MixUp()]) if mixup and loss == 'mean' else lambda: []
+    extra_ = (lambda: [*extra(), BnFreeze(only_frozen=False)]) if kind == 'frozen' else extra
+    whole,probe = fitted(model(*layers[kind]()), [], losses[loss], bs=bs, extra=extra_())
+    ours,probe_ = fitted(model(*layers[kind](), memory := Limit(limit, where, since)), cb := MicroBatch(size), losses[loss], bs=bs,
+                         extra=extra_())
+    for (k,a),(k_,b) in zip(whole.model.state_dict().items(), ours.model.state_dict().items()):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5), (k, (a-b).abs().max())
+    assert np.allclose(whole.recorder.values, ours.recorder.values, rtol=1e-4, atol=1e-5)
+    assert probe_.events == probe.events and items(probe_.xs) == items(probe.xs)
+    assert memory.failed <= 6 and (cb.size is None or cb.size <= max(limit, size or 0))
+
+@examples(20)
+@given(st.integers(4, 15), st.sampled_from([16, 13]), st.integers(0, 8))
+def test_a_size_that_was_found_is_the_size_known_beforehand(limit, bs, since):
+    "Bit for bit, with layers that draw and layers that count, if the forward pass ran out, at whatever batch"
+    def net(limit): return model(nn.BatchNorm1d(6), nn.Dropout(.3), Limit(limit, 'forward'))
+    def at(size): return At('before_batch', lambda cb: setattr(cb.learn.micro_batch, 'size', size), it=since%3, ep=since//3, order=-5)
+    def shrink(cb): cb.learn.model[3].n = limit
+    found,probe = fitted(net(100), cb := MicroBatch(), bs=bs, n=3*bs, extra=[At('before_batch', shrink, it=since%3, ep=since//3, order=-5)])
+    drawn = torch.rand(3)
+    known,probe_ = fitted(net(100), MicroBatch(), bs=bs, n=3*bs, extra=[at(cb.size)])
+    assert torch.equal(drawn, torch.rand(3))
+    assert state(found) == state(known) and found.recorder.values == known.recorder.values
+    assert [o.tolist() for o in probe.grads] == [o.tolist() for o in probe_.grads] and probe.losses == probe_.losses
+
+@pytest.mark.parametrize('drop', [nn.Dropout(.4), nn.AlphaDropout(.4), nn.RReLU()], ids=repr)
+def test_halves_of_the_backward_pass_have_what_was_drawn(drop):
+    first,_ = fitted(model(drop, Limit(3, 'backward')), MicroBatch(), n=16, n_epoch=1)
+    alone,_ = fitted(model(drop), [], n=16, n_epoch=1)
+    assert torch.allclose(weights(first.model), weights(alone.model), rtol=1e-4, atol=1e-6)
+
+@examples(30)
+@given(st.integers(2, 9), st.sampled_from([.1, .5, 1., None]), st.integers(4, 17), st.booleans())
+def test_statistics_are_those_of_the_whole_batch(size, momentum, bs, images):
+    "They move once, with mean and unbiased variance of all items"
+    def net():
+        torch.manual_seed(0)
+        norm = (nn.BatchNorm2d(3, momentum=momentum) if images else nn.BatchNorm1d(3, momentum=momentum))
+        shape = [nn.Unflatten(1, (3, 1, 1)), nn.Upsample((2, 2)), norm, nn.Flatten(), nn.Linear(12, 1)]
+        return nn.Sequential(*shape) if images else nn.Sequential(norm, nn.Linear(3, 1))
+    assume(bs//-(-bs//size) > 1) # a batchnorm layer wants two items
+    whole,_ = fitted(net(), [], bs=bs, n=bs*3, lr=0.)
+    ours,_ = fitted(net(), MicroBatch(size), bs=bs, n=bs*3, lr=0.)
+    for a,b in zip(whole.model.buffers(), ours.model.buffers()): assert torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-6)
+
+def test_a_batchnorm_layer_called_twice_counts_twice():
+    norm = nn.BatchNorm1d(3)
+    learn,_ = fitted(nn.Sequential(norm, norm, nn.Linear(3, 1)), MicroBatch(8), n=32, n_epoch=1)
+    assert norm.num_batches_tracked == 4
+
+def test_instancenorm_and_other_buffers():
+    class Counts(nn.Module):
+        def __init__(self): super().__init__(); self.register_buffer('n', tensor(0)); self.register_buffer('new', tensor(0.))
+        def forward(self, x):
+            if self.training: self.n += 1; self.new = self.new+1
+            return x
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Unflatten(1, (1, 3)), nn.InstanceNorm1d(1, track_running_stats=True), nn.Flatten(), Counts(), nn.Linear(3, 1))
+    assert_close(fitted(net(), [])[0], fitted(net(), MicroBatch(5))[0])
+
+
+# Moments
+
+@pytest.mark.parametrize('size', [None, 4])
+@pytest.mark.parametrize('f', [
+    lambda cb: torch.autograd.grad(cb.learn.loss_grad, [*cb.model.parameters()], retain_graph=True),
+    lambda cb: cb.model.eval(), lambda cb: None,
+    lambda cb: cb.model(cb.x[:2])], ids=['second backward pass', 'eval', 'nothing', 'another forward pass'])
+def test_what_others_do_between_the_passes(f, size):
+    "It is that without microbatches, with dropout as whole as the generator allows"
+    def then(cb):
+        if cb.training: f(cb)
+    def back(cb): cb.model.train(cb.training)
+    def fit(cbs): return fitted(model(nn.Dropout(.3)), cbs, extra=[At('after_loss', then), At('after_step', back)])[0]
+    a,b,c = fit([]),fit(MicroBatch(size)),fit(MicroBatch(size))
+    assert state(b) == state(c)
+    assert_close(a, b)
+
+def penalty(cb):
+    if not cb.training: return
+    wanted = [cb.x, *cb.model.parameters()]
+    grads = torch.autograd.grad(cb.learn.loss_grad, wanted, create_graph=True)
+    cb.learn.loss_grad = cb.learn.loss_grad + .05*sum(o.pow(2).sum() for o in grads)
+
+@pytest.mark.parametrize('size', [None, 5])
+def test_second_derivatives_and_gradients_of_inputs(size):
+    def wants(cb): cb.learn.xb = (cb.x.clone().requires_grad_(),)
+    def fit(cbs): return fitted(model(nn.Dropout(.2)), cbs, extra=[At('before_batch', wants), At('after_loss', penalty)], n_epoch=1)[0]
+    assert_close(fit([]), fit(MicroBatch(size)))
+
+@pytest.mark.parametrize('size', [None, 4])
+def test_hooks_see_the_whole_gradient_once(size):
+    seen = []
+    def net():
+        m = model()
+        m[0].weight.register_hook(lambda g: g*.5)
+        m[0].bias.register_post_accumulate_grad_hook(lambda p: seen.append(1))
+        m.register_full_backward_hook(lambda m, gi, go: seen.append(len(go[0])))
+        return m
+    a,b = fitted(net(), [])[0],fitted(net(), MicroBatch(size))[0]
+    assert_close(a, b)
+    assert seen[:len(seen)//2] == seen[len(seen)//2:]
+
+def test_a_model_that_changes_its_input_in_place():
+    class Doubles(nn.Module):
+        def forward(self, x): return x.mul_(2)
+    a,b = [fitted(nn.Sequential(Doubles(), *model(), *o), cbs)[0] for o,cbs in (([], []), ([Limit(3, 'forward')], MicroBatch()))]
+    assert_close(a, b)
+
+def test_parameters_that_are_unused_frozen_or_thawed():
+    class Some(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a,self.unused,self.frozen = nn.Linear(3, 1),nn.Linear(3, 1),nn.Linear(3, 1).requires_grad_(False)
+        def forward(self, x): return self.a(x)+self.frozen(x)
+    def thaw(cb): cb.model.frozen.requires_grad_(True)
+    a,b = [fitted(Some(), cbs, extra=[At('before_batch', thaw, it=1, ep=0)])[0] for cbs in ([], MicroBatch(5))]
+    assert_close(a, b)
+    assert b.model.unused.weight.grad is None
+
+def test_an_input_changed_in_place_between_the_passes_is_an_error():
+    def change(cb):
+        if cb.training: cb.x.add_(1)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        fitted(model(), MicroBatch(4), extra=[At('after_loss', change)])
+
+@pytest.mark.parametrize('size', [None, 4])
+def test_compiled_and_scripted_models(size):
+    def in_place():
+        m = model()
+        m.compile(backend='eager')
+        return m
+    for f in in_place, lambda: torch.compile(model(), backend='eager'), lambda: torch.jit.script(model()):
+        assert_close(fitted(f(), [])[0], fitted(f(), MicroBatch(size))[0])
+
+@pytest.mark.parametrize('mode', ['bf16', 'fp16'])
+def test_mixed_precision(mode):
+    "The weights' copies that autocast keeps must not be those without a graph"
+    a,b,c = [fitted(model(), cbs, extra=[CpuMixedPrecision(amp_mode=mode, init_scale=1024.)], lr=.01)[0]
+             for cbs in ([], MicroBatch(4), MicroBatch())]
+    assert state(a) == state(c)
+    assert torch.allclose(weights(a.model), weights(b.model), rtol=.03, atol=.01)
+
+def test_predictions_outside_of_a_fit():
+    learn = linear_learner(model=model(memory := Limit(5, 'forward')))
+    twin = linear_learner(model=model())
+    preds,_ = learn.get_preds(cbs=(cb := MicroBatch()))
+    assert torch.allclose(preds, twin.get_preds()[0], atol=1e-6) and cb.size == 4
+    assert 'forward' not in vars(learn.model)
+
+
+# Errors, copies
+
+@pytest.mark.parametrize('where', ['forward', 'backward'])
+@pytest.mark.parametrize('size', [None, 4])
+def test_one_item_that_does_not_fit(where, size):
+    learn = linear_learner(model=model(Limit(0, where)), cbs=(cb := MicroBatch(size)))
+    before = state(learn)
+    with pytest.raises(torch.OutOfMemoryError, match='One item alone') as e: learn.fit(1)
+    assert state(learn) == before and cb.size == size and 'forward' not in vars(learn.model) and no_grads(learn)
+    assert e.value.__cause__ is not None
+
+@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward', 'before_step'])
+@pytest.mark.parametrize('exc', [ValueError('x'), KeyboardInterrupt(), CancelBatchException(), CancelFitException()], ids=repr)
+def test_the_model_is_as_it_was_after_each_fault(event, exc):
+    learn = linear_learner(model=model(nn.BatchNorm1d(6)), cbs=MicroBatch(4))
+    for order in (-10, inf):
+        with suppress(ValueError, KeyboardInterrupt): learn.fit(1, cbs=At(event, stop(exc), it=1, order=order))
+        assert 'forward' not in vars(learn.model) and learn.model[1].momentum == .1 and not learn.model[1]._forward_hooks
+
+def test_an_error_in_a_microbatch_leaves_no_trace():
+    class Breaks(nn.Module):
+        n = 0
+        def forward(self, x):
+            self.n += 1
+            if self.n == 3: raise ZeroDivisionError
+            return x
+    learn = linear_learner(model=model(nn.BatchNorm1d(6), Breaks()), cbs=MicroBatch(4))
+    before = state(learn)
+    with pytest.raises(ZeroDivisionError): learn.fit(1)
+    assert state(learn) == before and learn.model[1].momentum == .1 and not learn.model[1]._forward_hooks
+
+def test_what_a_failed_try_holds_is_free_before_the_next():
+    fitted(model(memory := Limit(2, 'forward')), MicroBatch())
+    assert memory.failed == 3 and memory.seen_alive == 0
+
+def test_a_batch_is_free_when_it_is_over():
+    "No cycle keeps it until the garbage collector comes"
+    batches,gc_on = WeakSet(),gc.isenabled()
+    gc.disable()
+    def note(cb):
+        if cb.training: batches.add(cb.learn.pred.grad_fn.batch)
+        assert len(batches) <= 2
+    try: fitted(model(), MicroBatch(4), extra=[At('after_pred', note)])
+    finally:
+        if gc_on: gc.enable()
+
+def test_the_size_goes_with_a_fit_that_goes_on():
+    (a := MicroBatch()).size = 4
+    (b := MicroBatch()).load_state_dict(pickle.loads(pickle.dumps(a.state_dict())))
+    assert b.size == 4
+    learn,_ = fitted(model(memory := Limit(4, 'forward')), b)
+    assert memory.failed == 0
+
+def test_it_is_said_once(capsys):
+    fitted(model(Limit(5, 'forward')), MicroBatch())
+    assert capsys.readouterr().out == 'Memory ran out: batches of 16 items go through the model 4 at a time.\n'
+
+
+# Real memory
+
+def test_in_a_process_with_a_limit_a_batch_trains_that_does_not_fit():
+    code = '''
+        import resource, sys
+        from common import *
+        from fastcb_training.microbatch import MicroBatch
+        torch.set_num_threads(1)
+        def net(): return nn.Sequential(nn.Linear(3, 20_000), nn.Tanh(), nn.Linear(20_000, 1))
+        def learner(cbs): return linear_learner(regression(1024, 512, n_valid=8), net(), cbs=cbs)
+        learner(None).fit(1, 1e-5, cbs=At('before_batch', lambda cb: setattr(cb.learn, 'xb', (cb.x[:8],)) or setattr(cb.learn, 'yb', (cb.y[:8],))))
+        used = int(open('/proc/self/statm').read().split()[0])*4096
+        resource.setrlimit(resource.RLIMIT_AS, (used+100_000_000, -1))
+        try: learner(None).fit(1, 1e-5)
+        except RuntimeError as e: print('failed', "can't allocate memory" in str(e))
+        learn = learner(cb := MicroBatch())
+        learn.fit(1, 1e-5)
+        print(cb.size, len(learn.recorder.losses))
+    '''
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', dedent(code)], cwd=Path(__file__).parent, text=True, capture_output=True,
+                          env=os.environ|{'OMP_NUM_THREADS': '1', 'MALLOC_MMAP_THRESHOLD_': '65536'}) # what is freed is given back
+    assert done.returncode == 0, done.stderr[-2000:]
+    failed,*_,last = done.stdout.strip().splitlines()
+    size,n = map(int, last.split())
+    assert failed == 'failed True' and 8 <= size < 512 and n == 2
+
