@@ -3,3 +3,4 @@ from .shortepoch import *
 from .accumulation import *
 from .clip import *
 from .bnfreeze import *
+from .features import *
