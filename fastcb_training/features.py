@@ -7,7 +7,7 @@ Docs: https://fastcb.github.io/fastcb_training/features.html.md"""
 # %% auto #0
 __all__ = ['FeatureCache']
 
-# %% ../nbs/07_features.ipynb #1370968f
+# %% ../nbs/07_features.ipynb #d5415b56
 import hashlib, inspect, os, pickle, sys, types
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
@@ -28,7 +28,7 @@ from fastai.callback.mixup import MixHandler
 from fastai.data.core import Datasets
 from fastai.data.load import DataLoader
 from fastai.distributed import DistributedDL
-from fastai.torch_basics import Pipeline, Transform, no_random, set_seed, to_device
+from fastai.torch_basics import Pipeline, Transform, no_random, num_distrib, set_seed, to_device
 from fastai.vision.augment import RandTransform, Resize
 from fastcore.basics import GetAttr, chunked, patch, store_attr
 from fastcore.foundation import L
@@ -39,7 +39,7 @@ from torch.utils.data import BatchSampler, DataLoader as TorchLoader, Dataset, I
 
 from .core import FitCallback, check
 
-# %% ../nbs/07_features.ipynb #bbeb427c
+# %% ../nbs/07_features.ipynb #52b95ffe
 class _Features(torch.Tensor):
     "Marks a batch that has been through the body"
 
@@ -64,7 +64,7 @@ class _Found(Exception):
         super().__init__('features')
         self.features = features
 
-# %% ../nbs/07_features.ipynb #2ef411ba
+# %% ../nbs/07_features.ipynb #7b91e33b
 class _Cut:
     "A model that is cut behind its modules `units`, which are frozen"
     def __init__(self, model, units, names):
@@ -86,7 +86,7 @@ class _Cut:
     @property
     def is_frozen(self): return not any(o.requires_grad for o in self.tensors)
 
-# %% ../nbs/07_features.ipynb #c3ad3c2b
+# %% ../nbs/07_features.ipynb #6f9e77d5
 @contextmanager
 def _eval(modules):
     "All `modules` in eval mode, without gradients; each gets its own mode back"
@@ -117,7 +117,7 @@ def whole(self:_Cut, xb):
 @patch
 def __str__(self:_Cut): return ', '.join(f'`{name}` ({type(m).__name__})' for name,m in zip(self.names, self.units))
 
-# %% ../nbs/07_features.ipynb #f4e80fe6
+# %% ../nbs/07_features.ipynb #2dc93be3
 def _bytes(t):
     "The bytes of a tensor, wherever it lies"
     return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if t.numel() else b''
@@ -136,7 +136,7 @@ def key(self:_Cut):
         self.digest = hashlib.sha256(b''.join([self.form.encode(), *digests])).hexdigest()
     return self.digest
 
-# %% ../nbs/07_features.ipynb #e5a27c61
+# %% ../nbs/07_features.ipynb #c61864c4
 def _random(m):
     "Is `m`, which has no parameters, random in training?"
     random = nn.modules.dropout._DropoutNd,nn.RReLU,nn.FractionalMaxPool2d,nn.FractionalMaxPool3d
@@ -151,7 +151,7 @@ def _front(model, prefix=''):
         else: return units + (_front(m, f'{prefix}{name}.') if type(m).forward is nn.Sequential.forward else [])
     return units
 
-# %% ../nbs/07_features.ipynb #11544ab6
+# %% ../nbs/07_features.ipynb #15529580
 _served = WeakSet() # models that were cut before: `fine_tune` unfreezes them
 
 def _cut(model, body=None):
@@ -198,7 +198,7 @@ def _refuse_hooks(units):
             if callable(getattr(m, 'reset', None)): raise ValueError(
                 f'`FeatureCache`: `{name}` ({type(m).__name__}) remembers the batch before (it has a `reset`), so its features can\'t be kept')
 
-# %% ../nbs/07_features.ipynb #ba1048f4
+# %% ../nbs/07_features.ipynb #1f2ab605
 class _Store:
     "Rows of tensors, kept by number: in memory, on the model's device, or in a file that is mapped"
     def __init__(self, n=0, file=None):
@@ -221,7 +221,7 @@ class _Store:
         rows = [o[torch.tensor(ids, device=o.device)] for o in self.leaves]
         return tree_unflatten([o.as_subclass(kind) for o,kind in zip(rows, self.kinds)], self.spec)
 
-# %% ../nbs/07_features.ipynb #8732629e
+# %% ../nbs/07_features.ipynb #61427c1b
 @patch
 def _make(self:_Store, leaves, spec, device):
     self.spec,self.kinds = spec,[type(o) for o in leaves]
@@ -243,7 +243,7 @@ def _roomy(device, dtype, shape):
     nbytes = torch.Size(shape).numel()*dtype.itemsize
     return 'cpu' if device.type == 'cuda' and 2*nbytes > torch.cuda.mem_get_info(device)[0] else device
 
-# %% ../nbs/07_features.ipynb #b168315a
+# %% ../nbs/07_features.ipynb #072a1b3f
 class _File:
     "A file that is mapped: written beside its place, and put there when it is whole"
     def __init__(self, place, n):
@@ -291,7 +291,7 @@ def _layout(forms):
 def _remove(path, pid):
     if pid == os.getpid(): path.unlink(missing_ok=True) # a worker has a copy of the object
 
-# %% ../nbs/07_features.ipynb #dc7d4c40
+# %% ../nbs/07_features.ipynb #1a28dcff
 @patch
 def publish(self:_Store):
     "Give the file its name, when all of it is on the disk"
@@ -307,7 +307,7 @@ def publish(self:_Store):
         os.fsync(f.fileno())
     os.replace(file.beside, file.place)
 
-# %% ../nbs/07_features.ipynb #96be8bc6
+# %% ../nbs/07_features.ipynb #f11bd0f3
 def _describe(o, seen=()):
     "What `o` says about data: content and code, but no numbers of an object, which may count what is done with it"
     if isinstance(o, (str, bytes, type, Number, Enum, types.NoneType, types.ModuleType)): return repr(o)
@@ -362,7 +362,7 @@ def _print_of(dl):
 
 def _within(dl): return dl.dl if isinstance(dl, DistributedDL) else dl
 
-# %% ../nbs/07_features.ipynb #008de52f
+# %% ../nbs/07_features.ipynb #fb620ce5
 class _Batches(Dataset):
     "Batch by batch, the items that are asked for, as the workers of `dl` make them"
     def __init__(self, dl, chunks): self.dl,self.chunks = dl,chunks
@@ -395,7 +395,7 @@ def _read(dl, chunks, workers=True):
 
 def _draw(dl): torch.empty((), dtype=torch.int64).random_(generator=getattr(dl, 'generator', None))
 
-# %% ../nbs/07_features.ipynb #6dbe04c7
+# %% ../nbs/07_features.ipynb #b1a98f41
 class _View(DataLoader):
     "`dl`, of which each batch is read, or comes as features; the same indices and random numbers"
     _default = 'dl'
@@ -440,7 +440,7 @@ def _plan(data, dl, chunks):
         seen.update(plan[-1])
     return plan
 
-# %% ../nbs/07_features.ipynb #6e0dd11e
+# %% ../nbs/07_features.ipynb #ea043e5a
 class _TorchView(TorchLoader):
     "The same for a loader of PyTorch's that does not shuffle: its indices are those of its sampler"
     def __iter__(self): return _serve(self._dl, self._cache, list(self.batch_sampler))
@@ -466,30 +466,38 @@ class _Stream(GetAttr):
             if data and k == len(data.order): data.number(cache._split(raw)[0])
             yield cache._give(dl, data, *((data.order[k], [] if have else data.order[k]) if data else (None, None)), None if have else raw)
 
-def _view(dl, cache):
+def _kind(dl):
+    "Which view is for `dl`; a `ValueError` if its order can't be known"
     inner = _within(dl)
-    if isinstance(inner, DataLoader) and _has_indices(inner): return _View(dl, cache)
+    if isinstance(inner, DataLoader) and _has_indices(inner): return _View
     shuffles = getattr(inner, 'shuffle', False)
     if isinstance(inner, TorchLoader) and not isinstance(inner.dataset, IterableDataset):
-        shuffles = type(inner.sampler) is not SequentialSampler or type(inner.batch_sampler) is not BatchSampler
-    if shuffles: raise ValueError(f'`FeatureCache` can\'t know the order of a loader that shuffles and has no indices, a {type(inner).__name__}'
-                                  f' of {type(inner).__module__.partition(".")[0]}: give the data to a fastai `DataLoader`')
-    if not isinstance(inner, TorchLoader) or isinstance(inner.dataset, IterableDataset): return _Stream(dl, cache)
-    view = copy(inner)
-    view.__class__ = _TorchView
+        if type(inner.sampler) is SequentialSampler and type(inner.batch_sampler) is BatchSampler: return _TorchView
+        shuffles = True
+    if not shuffles: return _Stream
+    raise ValueError(f'`FeatureCache` can\'t know the order of a {type(inner).__module__}.{type(inner).__name__} that shuffles '
+                     'and has no indices to ask for: give its data set to a fastai `DataLoader`')
+
+def _view(dl, cache):
+    kind = _kind(dl)
+    if kind is not _TorchView: return kind(dl, cache)
+    view = copy(dl)
+    view.__class__ = kind
     vars(view).update(_dl=dl, _cache=cache)
     return view
+
+def _n_items(dl): return 0 if _kind(dl) is _Stream else len(dl.dataset) if _kind(dl) is _TorchView else _within(dl).n
 
 def _has_indices(dl):
     own = [o for o in ('sample', 'chunkify', 'create_batches') if o in vars(dl) or getattr(type(dl), o) is not getattr(DataLoader, o)]
     return dl.indexed and dl.bs and dl.n is not None and not own
 
-# %% ../nbs/07_features.ipynb #9a7d3bd0
+# %% ../nbs/07_features.ipynb #43dcbacb
 class _Data:
     "What is kept of one data set"
     def __init__(self, n=0, file=None):
         self.features,self.targets,self.witness,self.alone = _Store(n, file),{},None,{}
-        self.order,self.ended,self.whole,self.said = [],False,False,False
+        self.order,self.ended,self.whole,self.said,self.fresh = [],False,False,False,[]
     def of(self, dl):
         "The targets that `dl` gives; another head's may be others"
         dl = _within(dl)
@@ -506,6 +514,7 @@ class _Data:
     def put(self, dl, ids, features, yb, device):
         self.features.put(ids, features, device)
         self.of(dl).put(ids, tuple(yb), device)
+        self.fresh += ids
     def targets_of(self, dl, ids):
         store = self.of(dl)
         if lacks := store.missing(ids): store.put(lacks, _targets_alone(dl, lacks))
@@ -522,7 +531,20 @@ def _targets_alone(dl, ids):
     b = dl_.do_batch([dl_.after_item(o) for o in items])
     return tuple(dl_.after_batch(b if dl.device is None else to_device(b, dl.device)))
 
-# %% ../nbs/07_features.ipynb #8b5aa151
+# %% ../nbs/07_features.ipynb #71feec96
+def _share(dl, data):
+    "What each process has computed since the last pass, for all"
+    mine = data and data.fresh and (data.fresh, data.features.get(data.fresh), data.targets_of(dl, data.fresh))
+    every = [None]*num_distrib()
+    dist.all_gather_object(every, mine and to_device(mine, 'cpu'))
+    if not data: return
+    for ids,features,yb in filter(None, every):
+        new = data.missing(dl, ids)
+        rows = [ids.index(i) for i in new]
+        if new: data.put(dl, new, _rows(features, rows), _rows(yb, rows), dl.device)
+    data.fresh = []
+
+# %% ../nbs/07_features.ipynb #75ddb12e
 class FeatureCache(FitCallback):
     "Compute what the frozen body gives for each item once, and train heads on that"
     # After `MixedPrecision` (10) and `DistributedTrainer` (11), before `ShortEpochCallback` (12), which shortens the view
@@ -566,7 +588,7 @@ class FeatureCache(FitCallback):
         try: self.learn.dl = _view(self.dl, self)
         except ValueError: pass # it is validated whole
 
-# %% ../nbs/07_features.ipynb #c16f1e92
+# %% ../nbs/07_features.ipynb #f6407c50
 @patch
 def _split(self:FeatureCache, b):
     "Inputs and targets, as `Learner` splits them"
@@ -582,7 +604,7 @@ def _data(self:FeatureCache, dl):
     if id(inner) not in self._prints: self._prints[id(inner)] = _print_of(dl)
     name = f'{key[:20]}-{self._prints[id(inner)][:20]}-{self.epoch%self.views if self.training else "valid"}'
     if name not in self._kept:
-        n = len(dl.dataset) if isinstance(inner, TorchLoader) else inner.n if isinstance(inner, DataLoader) and _has_indices(inner) else 0
+        n = _n_items(dl)
         if self.path and not n: raise ValueError('`path` needs a loader with indices, such as fastai\'s')
         self._kept[name] = _Data(n, _File(Path(self.path)/f'{name}.features', n) if self.path else None)
     return self._kept[name]
@@ -602,7 +624,7 @@ def _give(self:FeatureCache, dl, data, ids, part, raw):
 
 def _state(xb): return [(o.data_ptr(), o._version) for o in _tensors(xb)]
 
-# %% ../nbs/07_features.ipynb #2532091a
+# %% ../nbs/07_features.ipynb #6fa55c5d
 @patch
 def before_batch(self:FeatureCache):
     if self._looking or not self._batch: return
@@ -638,7 +660,7 @@ def _say(self:FeatureCache, data):
     print(f'FeatureCache keeps what {self._cut} gives: {shape} for each of {data.features.n:,} items, '
           f'{data.features.nbytes/1e6:,.1f} MB {f"in {self.path}" if self.path else f"on {leaves[0].device}"}')
 
-# %% ../nbs/07_features.ipynb #b65e53d0
+# %% ../nbs/07_features.ipynb #da3e896a
 def _close(a, b):
     "Equal but for rounding: to half of the digits that the type has"
     a,b = tree_leaves(a),tree_leaves(b)
@@ -653,7 +675,7 @@ def _leaves_close(a, b):
 
 def _rows(tree, ids): return tree_map(lambda o: o[ids] if isinstance(o, torch.Tensor) else o, tree)
 
-# %% ../nbs/07_features.ipynb #85b97d48
+# %% ../nbs/07_features.ipynb #3bcb5741
 @patch
 def _check(self:FeatureCache, batch, features):
     "The first batch of a fit: read again, and computed in both ways; in validation, what is not so is validated whole"
@@ -668,7 +690,8 @@ def _check(self:FeatureCache, batch, features):
             if self.views == 1 or not self.training:
                 again = self._split(self.learn._set_device(self._read_again(dl, [batch.part[i] for i in back], len(back))))[0]
                 if not _close(again, _rows(xb, back)): raise ValueError(_random_data(dl))
-            self._check_cut(xb, features, back)
+            self._check_body(xb, features, back)
+            self._check_rest(xb, features)
     except ValueError:
         if self.training: raise
         return self._whole.add(id(_within(dl))) # which is right without the cache, too
@@ -677,37 +700,40 @@ def _check(self:FeatureCache, batch, features):
     return True
 
 @patch
-def _check_cut(self:FeatureCache, xb, features, back):
-    "Does the body give the same again, and the rest the same from its features alone?"
-    cut = self._cut
-    cut.kinds = [type(o) for o in tree_leaves(features)]
-    out = cut.whole(xb)
-    if not _close(cut.body(_rows(xb, back)), _rows(features, back)): raise ValueError(_random_body(cut, xb, back))
-    why = 'the rest of the model wants more than what comes out of'
-    try: from_features = cut.whole((_mark(features),))
-    except Exception as e: raise ValueError(f'`FeatureCache`: {why} {cut}: {e}') from e
-    if not _close(from_features, out): raise ValueError(f'`FeatureCache`: {why} {cut}, or changes what goes into it. '
-                                                       'Cut the model somewhere else, with `body`')
+def _check_body(self:FeatureCache, xb, features, back):
+    "Does the body give the same for an item in another batch? Whatever watches the body has then seen another one"
+    if not _close(self._cut.body(_rows(xb, back)), _rows(features, back)): raise ValueError(_random_body(self._cut, xb, back))
 
-# %% ../nbs/07_features.ipynb #4714f2c4
+@patch
+def _check_rest(self:FeatureCache, xb, features):
+    "Does the rest of the model give the same from the features alone?"
+    cut,why = self._cut,'the rest of the model wants more than what comes out of'
+    cut.kinds = [type(o) for o in tree_leaves(features)]
+    try: out = cut.whole((_mark(features),))
+    except Exception as e: raise ValueError(f'`FeatureCache`: {why} {cut}: {e}') from e
+    if not _close(cut.whole(xb), out): raise ValueError(
+        f'`FeatureCache`: {why} {cut}, or the input is changed before it. Cut the model somewhere else, with `body`')
+
+# %% ../nbs/07_features.ipynb #9f1623d1
 @patch
 def _begin_pass(self:FeatureCache, dl):
     "What was kept before is looked at again: some items at a fit's first pass, one at each other"
     data = self._data(dl)
+    if isinstance(dl, DistributedDL) and num_distrib() > 1: _share(dl, data)
     if data is None or not any(data.features.known): return
     first,new,same = id(data) not in self._checked,not data.of(dl).leaves,self.views == 1 or not self.training
     if not first and not same: return
     ids,x = data.witness or ([i for i,o in enumerate(data.features.known) if o][:16], None)
-    ids = ids[:16 if new else 2 if first else 1]
+    ids = ids[:max(2, sum(data.features.known)//64) if new else 2 if first else 1]
     with no_random(), self._autocast():
         xb,yb = self._split(self.learn._set_device(self._read_again(dl, ids, len(ids))))
         if same and x is not None and not _close(xb, _rows(x, slice(len(ids)))): return self._forget(data)
         if same: self._look_at_targets(data, dl, ids, yb)
         if not first: return
-        features = self._cut.body(xb)
-        if same and not _close(features, self.learn._set_device(data.features.get(ids))): return self._forget(data)
-        try: self._check_cut(xb, features, list(range(len(ids)))[::-1])
+        features = self.learn._set_device(data.features.get(ids)) if same else self._cut.body(xb)
+        try: self._check_rest(xb, features)
         except ValueError:
+            if same and not _close(self._cut.body(xb), features): return self._forget(data)
             if self.training: raise
             return self._whole.add(id(_within(dl)))
     data.witness = data.witness or (ids, tree_map(torch.clone, xb))
@@ -723,7 +749,7 @@ def _look_at_targets(self:FeatureCache, data, dl, ids, yb):
 
 @patch
 def _read_again(self:FeatureCache, dl, ids, n):
-    if isinstance(_view(dl, self), _Stream):
+    if _kind(dl) is _Stream:
         rng = getattr(dl, 'rng', None)
         try: return _rows(next(iter(dl)), ids)
         finally:
@@ -734,7 +760,7 @@ def _read_again(self:FeatureCache, dl, ids, n):
 def _autocast(self:FeatureCache):
     return next((cb.autocast for cb in self.learn.cbs if isinstance(cb, MixedPrecision)), nullcontext())
 
-# %% ../nbs/07_features.ipynb #bca906f9
+# %% ../nbs/07_features.ipynb #5083c9a5
 def _shapes(tree): return ' and '.join(str(tuple(o.shape)) for o in _tensors(tree)) or 'no tensor'
 
 def _mixes(learn):

@@ -1,0 +1,230 @@
+"""FeatureCache against the fit without it, whose frozen body a small callback holds in eval mode whole
+
+Run as a script by several processes, it is what each of them does."""
+import math, signal, subprocess, sys, time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import given, strategies as st
+from torch.utils.data import Dataset, IterableDataset, DataLoader as TorchLoader
+
+from common import *
+from fastcb_training.features import FeatureCache
+import fastcb_training.features as features
+
+HERE = Path(__file__).parent
+
+
+class Held(Callback):
+    "The twin: each frozen part of the model is in eval mode whole, and what is frozen has no gradient"
+    order = math.inf
+    def before_batch(self):
+        if not self.training: return
+        model = getattr(self.learn.model, 'module', self.learn.model)
+        for m in model.modules():
+            ps = list(m.parameters())
+            if ps and not any(p.requires_grad for p in ps):
+                m.eval()
+                for p in ps: p.grad = None
+
+class Body(nn.Sequential):
+    "A body that counts the items that it has computed"
+    n = 0
+    def forward(self, x):
+        Body.n += len(x)
+        return super().forward(x)
+
+def net(seed=0, wide=4, inplace=True):
+    torch.manual_seed(seed)
+    body = Body(nn.Linear(3, wide), nn.BatchNorm1d(wide), nn.Sequential(nn.Dropout(.5), nn.Linear(wide, 5))).requires_grad_(False)
+    body[1].running_mean.normal_()
+    return nn.Sequential(body, nn.ReLU(inplace=inplace), nn.Sequential(nn.Dropout(.3), nn.LayerNorm(5), nn.Linear(5, 1)))
+
+def data(n=40, bs=8, n_valid=14, seed=0, view=DataLoader, **kwargs):
+    g = torch.Generator().manual_seed(seed)
+    def ds(n): return TensorDataset(torch.randn(n, 3, generator=g), torch.randn(n, 1, generator=g))
+    random.seed(seed)
+    return DataLoaders(view(ds(n), **{'batch_size': bs}, **kwargs), view(ds(n_valid), batch_size=bs), device='cpu')
+
+def learner(dls=None, model=None, cbs=(), **kwargs):
+    return linear_learner(dls or data(), model or net(), cbs=[*L(cbs), Probe()], metrics=[mae, rmse], train_bn=False, **kwargs)
+
+def fit(learn, cbs=(), n_epoch=3, how='fit', lr=.05):
+    "What a fit leaves, but for the inputs that a Probe sees"
+    torch.manual_seed(1)
+    np.random.seed(1)
+    random.seed(1)
+    Body.n = 0
+    getattr(learn, how)(n_epoch, lr, cbs=cbs)
+    left = left_by(learn, learn.probe)
+    learn.probe.__init__()
+    return left | dict(xs=None, valid_xs=None, random=(torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())))
+
+exact = 'header', 'lrs', 'iters', 'stats', 'modes', 'events', 'random', 'hps', 'pct_train'
+rounded = 'rows', 'losses', 'weights', 'grads'
+
+def assert_close(left, expected, case=''):
+    "Equal where rounding has no part, else to 1e-5"
+    assert_same({k: left[k] for k in exact}, {k: expected[k] for k in exact}, case)
+    for k in rounded: np.testing.assert_allclose(np.array(left[k], dtype=float), np.array(expected[k], dtype=float),
+                                                 rtol=1e-5, atol=1e-5, err_msg=f'{k} {case}')
+
+def is_clean(learn, dls, loaders):
+    assert learn.dls is dls and all(map(operator.is_, dls.loaders, loaders)) and learn.dl is None
+    assert not any('forward' in vars(m) for m in learn.model.modules())
+
+
+# Equal to the fit without it
+
+@st.composite
+def configurations(draw):
+    bs = draw(st.sampled_from([1, 3, 8, 50]))
+    shuffle = draw(st.booleans())
+    drop = draw(st.booleans())
+    return dict(dls=dict(n=draw(st.integers(max(5, bs if drop else 0), 40 if bs < 50 else 60)), bs=bs, shuffle=shuffle, drop_last=drop,
+                         n_valid=draw(st.integers(1, 20)), num_workers=draw(st.sampled_from([0]*9+[2]))),
+                n_epoch=draw(st.integers(1, 4)), how=draw(st.sampled_from(['fit', 'fit_one_cycle', 'fit_flat_cos', 'fine_tune'])),
+                wide=draw(st.integers(1, 6)), cut=draw(st.sampled_from([None, lambda m: m[0]])), views=draw(st.integers(1, 3)))
+
+@examples(40)
+@given(configurations())
+def test_equal_to_the_fit_without_it(case):
+    got,expected = [fit(learn := learner(data(**case['dls']), net(wide=case['wide'])), cb, case['n_epoch'], case['how'])
+                    for cb in (FeatureCache(case['cut'], views=case['views']), Held())]
+    assert_close(got, expected)
+
+def test_bit_for_bit_where_batches_do_not_matter():
+    "All batches are of one size: then the body's output is the same in each"
+    assert_same(fit(learner(), FeatureCache()), fit(learner(), Held()))
+
+@pytest.mark.parametrize('kind', ['in_order', 'batches', 'stream', 'uneven'])
+def test_loaders_without_indices(kind):
+    "PyTorch's in order, a list of batches, a stream, and a stream of uneven batches"
+    class Stream(IterableDataset):
+        def __init__(self, ds): self.ds = ds
+        def __iter__(self): return iter([tuple(o) for o in self.ds])
+    def dls():
+        if kind == 'in_order': return data(view=TorchLoader)
+        two = data()
+        if kind == 'stream': return DataLoaders(*(TorchLoader(Stream(dl.dataset), batch_size=8) for dl in two), device='cpu')
+        sizes = [8]*5 if kind == 'batches' else [3, 9, 1, 20, 7]
+        def batches(ds, sizes): return [b for b in zip(*(o.split(sizes) for o in ds.tensors))]
+        class Batches(list):
+            dataset = property(lambda self: self)
+        return DataLoaders(Batches(batches(two.train_ds, sizes)), Batches(batches(two.valid_ds, [14])), device='cpu')
+    def run(cb):
+        learn = learner(dls())
+        if kind == 'stream': TorchLoader.__len__,old = (lambda self: 5 if len(self.dataset.ds) == 40 else 2),TorchLoader.__len__
+        try: return fit(learn, cb),Body.n
+        finally:
+            if kind == 'stream': TorchLoader.__len__ = old
+    (got,n),(expected,_) = run(cb := FeatureCache()),run(Held())
+    assert_close(got, expected)
+    assert n < 40*3+14*3 and cb.nbytes >= 54*5*4
+
+@pytest.mark.parametrize('dl', [lambda: data(view=TorchLoader, shuffle=True), lambda: data(view=partial(
+    TorchLoader, sampler=torch.utils.data.WeightedRandomSampler([1.]*40, 40)))])
+def test_a_loader_that_shuffles_without_indices(dl):
+    two = dl() if 'shuffle' in str(dl.__code__.co_consts) else DataLoaders(
+        TorchLoader(data().train_ds, 8, sampler=torch.utils.data.WeightedRandomSampler([1.]*40, 40)), data().valid, device='cpu')
+    with pytest.raises(ValueError, match='shuffles'): learner(two).fit(1, cbs=FeatureCache)
+
+
+# With what stands beside it
+
+beside = dict(
+    accumulation=lambda: [GradientAccumulation(20)], clip=lambda: [GradientClip(.1)], bnfreeze=lambda: [BnFreeze()],
+    short=lambda: [ShortEpochCallback(.5)], going_on=lambda: [ShortEpochCallback(n_batches=2, resume=True)],
+    bf16=lambda: [CpuMixedPrecision('bf16', init_scale=1.)], tracker=lambda: [EarlyStoppingCallback(patience=1)],
+    preds=lambda: [At('after_batch', lambda cb: cb.learn.get_preds(inner=True), it=2)],
+    mid_preds=lambda: [At('before_batch', lambda cb: cb.training and cb.learn.get_preds(inner=True), it=2, order=11)],
+    validate=lambda: [At('after_batch', lambda cb: cb.training and cb.learn.validate(), it=1)],
+    cancels=lambda: [At('before_batch', stop(CancelBatchException()), it=1, ep=0, order=11.4)],
+    cancels_later=lambda: [At('after_pred', stop(CancelBatchException()), it=1, ep=0)])
+
+@pytest.mark.parametrize('shuffle', [True, False])
+@pytest.mark.parametrize('name', beside)
+@pytest.mark.parametrize('before', [True, False])
+def test_beside_others(name, shuffle, before, tmp_path):
+    def cbs(cb): return [cb, *beside[name]()] if before else [*beside[name](), cb]
+    (got,n),(expected,_) = [(fit(learner(data(shuffle=shuffle), path=tmp_path), cbs(cb)), Body.n) for cb in (FeatureCache(), Held())]
+    if name == 'bf16': got,expected = ({k: o for k,o in d.items() if k not in rounded} | {k: [0.] for k in rounded} for d in (got, expected))
+    assert_close(got, expected, name)
+
+def test_a_smoke_test_computes_only_what_it_needs():
+    fit(learner(data(n=400)), [cb := FeatureCache(), ShortEpochCallback(n_batches=2)], n_epoch=1)
+    once = 2*8+2*8 # the batches that are trained and validated
+    assert Body.n <= 4*once
+
+def test_train_metrics(): 
+    def run(cb):
+        learn = learner()
+        learn.recorder.train_metrics = True
+        return fit(learn, cb)
+    assert_same(run(FeatureCache()), run(Held()))
+
+
+# The body runs once
+
+def test_the_body_runs_once_over_the_data():
+    "And a second fit, and a second head, look at some items only"
+    cb,dls = FeatureCache(),data(n=400, shuffle=True, n_valid=100)
+    counts = []
+    for learn in (learn := learner(dls)),learn,learner(dls),learner(data(n=400, shuffle=True, n_valid=100)):
+        fit(learn, cb, n_epoch=3)
+        counts.append(Body.n)
+    assert 500 <= counts[0] <= 500 + 2*3*8 and max(counts[1:]) <= 30
+
+def test_another_head_may_have_other_targets():
+    dls,other,cb = data(shuffle=True),data(shuffle=True),FeatureCache()
+    other.train_ds.tensors = other.train_ds.tensors[0],-3*other.train_ds.tensors[1]
+    fit(learner(dls), cb)
+    got,n = fit(learner(other), cb),Body.n
+    assert n <= 20
+    other.rng = None
+    again = data(shuffle=True)
+    again.train_ds.tensors = other.train_ds.tensors
+    assert_same(got, fit(learner(again), Held()))
+
+# What has changed is computed anew
+
+def times(o, by): return lambda cb: o(cb).data.mul_(by)
+changes = dict(
+    weight=lambda cb: cb.learn.model[0][0].weight.data.mul_(1.1), mean=lambda cb: cb.learn.model[0][1].running_mean.add_(.1),
+    loaded=lambda cb: cb.learn.model[0].load_state_dict(net(seed=7)[0].state_dict()),
+    layer=lambda cb: cb.learn.model[0].__setitem__(2, nn.Sequential(nn.Linear(4, 5).requires_grad_(False))),
+    eps=lambda cb: setattr(cb.learn.model[0][1], 'eps', .5),
+    inputs=lambda cb: cb.dls.train_ds.tensors[0].mul_(1.5), targets=lambda cb: cb.dls.train_ds.tensors[1].mul_(-2),
+    valid=lambda cb: cb.dls.valid_ds.tensors[1].mul_(-2), order=lambda cb: setattr(cb.dls.train.dataset, 'tensors', tuple(
+        o.flip(0) for o in cb.dls.train_ds.tensors)))
+
+@pytest.mark.parametrize('name', changes)
+def test_what_changes_between_fits(name):
+    def run(make):
+        learn,cb = learner(),make()
+        fit(learn, cb)
+        torch.manual_seed(3)
+        with learn.added_cbs(At('after_fit', noop)): changes[name](learn.cbs[0])
+        return fit(learn, cb)
+    assert_close(run(FeatureCache), run(Held), name)
+
+@pytest.mark.parametrize('event', ['before_epoch', 'after_batch'])
+@pytest.mark.parametrize('name', ['mean', 'loaded', 'inputs', 'targets', 'valid', 'order'])
+def test_what_changes_in_a_fit(name, event):
+    "The data from one epoch to the next, the body at any moment"
+    if event == 'after_batch' and name not in ('mean', 'loaded'): return
+    def run(cb): return fit(learner(), [cb, At(event, changes[name], it=2 if event == 'after_batch' else None, ep=1)])
+    assert_close(run(FeatureCache()), run(Held()), name)
+
+def test_targets_that_are_others_in_each_epoch():
+    def run(cb): return fit(learner(data(shuffle=True)), [cb, At('before_epoch', changes['targets'])])
+    assert_close(run(FeatureCache()), run(Held()))
+
+@pytest.mark.parametrize('event', ['before_epoch', 'after_batch'])
+def test_a_body_that_is_unfrozen_in_a_fit(event):
+    def unfreeze(cb):
+        cb.learn.unfreeze()
+        cb.learn.opt.set_hypers(lr=.01)
+    def run(cb): return fit(learner(), [cb, At(event, unfreeze, it=2 if event == 'after_batch' else None, ep=1)])
+    assert_close(run(FeatureCache()), run(Held()))
