@@ -7,7 +7,7 @@ Docs: https://fastcb.github.io/fastcb_training/features.html.md"""
 # %% auto #0
 __all__ = ['FeatureCache']
 
-# %% ../nbs/07_features.ipynb #d5415b56
+# %% ../nbs/07_features.ipynb #2e9fb82d
 import hashlib, inspect, os, pickle, sys, types
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
@@ -39,7 +39,7 @@ from torch.utils.data import BatchSampler, DataLoader as TorchLoader, Dataset, I
 
 from .core import FitCallback, check
 
-# %% ../nbs/07_features.ipynb #52b95ffe
+# %% ../nbs/07_features.ipynb #a0c10928
 class _Features(torch.Tensor):
     "Marks a batch that has been through the body"
 
@@ -64,7 +64,7 @@ class _Found(Exception):
         super().__init__('features')
         self.features = features
 
-# %% ../nbs/07_features.ipynb #7b91e33b
+# %% ../nbs/07_features.ipynb #c6d64f6a
 class _Cut:
     "A model that is cut behind its modules `units`, which are frozen"
     def __init__(self, model, units, names):
@@ -86,7 +86,7 @@ class _Cut:
     @property
     def is_frozen(self): return not any(o.requires_grad for o in self.tensors)
 
-# %% ../nbs/07_features.ipynb #6f9e77d5
+# %% ../nbs/07_features.ipynb #676764a4
 @contextmanager
 def _eval(modules):
     "All `modules` in eval mode, without gradients; each gets its own mode back"
@@ -117,7 +117,7 @@ def whole(self:_Cut, xb):
 @patch
 def __str__(self:_Cut): return ', '.join(f'`{name}` ({type(m).__name__})' for name,m in zip(self.names, self.units))
 
-# %% ../nbs/07_features.ipynb #2dc93be3
+# %% ../nbs/07_features.ipynb #85c06214
 def _bytes(t):
     "The bytes of a tensor, wherever it lies"
     return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if t.numel() else b''
@@ -136,7 +136,7 @@ def key(self:_Cut):
         self.digest = hashlib.sha256(b''.join([self.form.encode(), *digests])).hexdigest()
     return self.digest
 
-# %% ../nbs/07_features.ipynb #c61864c4
+# %% ../nbs/07_features.ipynb #9f73f96d
 def _random(m):
     "Is `m`, which has no parameters, random in training?"
     random = nn.modules.dropout._DropoutNd,nn.RReLU,nn.FractionalMaxPool2d,nn.FractionalMaxPool3d
@@ -151,7 +151,7 @@ def _front(model, prefix=''):
         else: return units + (_front(m, f'{prefix}{name}.') if type(m).forward is nn.Sequential.forward else [])
     return units
 
-# %% ../nbs/07_features.ipynb #15529580
+# %% ../nbs/07_features.ipynb #6496d2f3
 _served = WeakSet() # models that were cut before: `fine_tune` unfreezes them
 
 def _cut(model, body=None):
@@ -191,14 +191,14 @@ def _refuse_hooks(units):
     "What happens inside of the body happens once: nobody can watch it, and it has no memory"
     for name,unit in units:
         for inner,m in unit.named_modules():
-            name = f'{name}.{inner}' if inner else name
+            full = f'{name}.{inner}'.strip('.')
             if m._forward_hooks: raise ValueError(
-                f'`FeatureCache`: layer `{name}` of the body has a forward hook, which would not be called again. A U-Net takes '
+                f'`FeatureCache`: layer `{full}` of the body has a forward hook, which would not be called again. A U-Net takes '
                 'more than the last output of its body: it can\'t be cut there. A callback that watches the body has to go')
             if callable(getattr(m, 'reset', None)): raise ValueError(
-                f'`FeatureCache`: `{name}` ({type(m).__name__}) remembers the batch before (it has a `reset`), so its features can\'t be kept')
+                f'`FeatureCache`: layer `{full}` ({type(m).__name__}) remembers the batch before (it has a `reset`), so its features can\'t be kept')
 
-# %% ../nbs/07_features.ipynb #1f2ab605
+# %% ../nbs/07_features.ipynb #1528b539
 class _Store:
     "Rows of tensors, kept by number: in memory, on the model's device, or in a file that is mapped"
     def __init__(self, n=0, file=None):
@@ -221,7 +221,7 @@ class _Store:
         rows = [o[torch.tensor(ids, device=o.device)] for o in self.leaves]
         return tree_unflatten([o.as_subclass(kind) for o,kind in zip(rows, self.kinds)], self.spec)
 
-# %% ../nbs/07_features.ipynb #61427c1b
+# %% ../nbs/07_features.ipynb #97c08ae5
 @patch
 def _make(self:_Store, leaves, spec, device):
     self.spec,self.kinds = spec,[type(o) for o in leaves]
@@ -243,7 +243,7 @@ def _roomy(device, dtype, shape):
     nbytes = torch.Size(shape).numel()*dtype.itemsize
     return 'cpu' if device.type == 'cuda' and 2*nbytes > torch.cuda.mem_get_info(device)[0] else device
 
-# %% ../nbs/07_features.ipynb #072a1b3f
+# %% ../nbs/07_features.ipynb #46ee3ca4
 class _File:
     "A file that is mapped: written beside its place, and put there when it is whole"
     def __init__(self, place, n):
@@ -289,9 +289,10 @@ def _layout(forms):
     return [0, *np.cumsum([-(-_size(o)//64)*64 for o in forms]).tolist()]
 
 def _remove(path, pid):
-    if pid == os.getpid(): path.unlink(missing_ok=True) # a worker has a copy of the object
+    if pid != os.getpid(): return # a worker has a copy of the object
+    with suppress(OSError): path.unlink()
 
-# %% ../nbs/07_features.ipynb #1a28dcff
+# %% ../nbs/07_features.ipynb #d15e8cd2
 @patch
 def publish(self:_Store):
     "Give the file its name, when all of it is on the disk"
@@ -307,7 +308,7 @@ def publish(self:_Store):
         os.fsync(f.fileno())
     os.replace(file.beside, file.place)
 
-# %% ../nbs/07_features.ipynb #f11bd0f3
+# %% ../nbs/07_features.ipynb #42c8d941
 def _describe(o, seen=()):
     "What `o` says about data: content and code, but no numbers of an object, which may count what is done with it"
     if isinstance(o, (str, bytes, type, Number, Enum, types.NoneType, types.ModuleType)): return repr(o)
@@ -362,7 +363,7 @@ def _print_of(dl):
 
 def _within(dl): return dl.dl if isinstance(dl, DistributedDL) else dl
 
-# %% ../nbs/07_features.ipynb #fb620ce5
+# %% ../nbs/07_features.ipynb #d501553d
 class _Batches(Dataset):
     "Batch by batch, the items that are asked for, as the workers of `dl` make them"
     def __init__(self, dl, chunks): self.dl,self.chunks = dl,chunks
@@ -395,7 +396,7 @@ def _read(dl, chunks, workers=True):
 
 def _draw(dl): torch.empty((), dtype=torch.int64).random_(generator=getattr(dl, 'generator', None))
 
-# %% ../nbs/07_features.ipynb #b1a98f41
+# %% ../nbs/07_features.ipynb #6660b934
 class _View(DataLoader):
     "`dl`, of which each batch is read, or comes as features; the same indices and random numbers"
     _default = 'dl'
@@ -440,7 +441,7 @@ def _plan(data, dl, chunks):
         seen.update(plan[-1])
     return plan
 
-# %% ../nbs/07_features.ipynb #ea043e5a
+# %% ../nbs/07_features.ipynb #79920f93
 class _TorchView(TorchLoader):
     "The same for a loader of PyTorch's that does not shuffle: its indices are those of its sampler"
     def __iter__(self): return _serve(self._dl, self._cache, list(self.batch_sampler))
@@ -492,7 +493,7 @@ def _has_indices(dl):
     own = [o for o in ('sample', 'chunkify', 'create_batches') if o in vars(dl) or getattr(type(dl), o) is not getattr(DataLoader, o)]
     return dl.indexed and dl.bs and dl.n is not None and not own
 
-# %% ../nbs/07_features.ipynb #43dcbacb
+# %% ../nbs/07_features.ipynb #ea015b71
 class _Data:
     "What is kept of one data set"
     def __init__(self, n=0, file=None):
@@ -531,7 +532,7 @@ def _targets_alone(dl, ids):
     b = dl_.do_batch([dl_.after_item(o) for o in items])
     return tuple(dl_.after_batch(b if dl.device is None else to_device(b, dl.device)))
 
-# %% ../nbs/07_features.ipynb #71feec96
+# %% ../nbs/07_features.ipynb #9ffbcf81
 def _share(dl, data):
     "What each process has computed since the last pass, for all"
     mine = data and data.fresh and (data.fresh, data.features.get(data.fresh), data.targets_of(dl, data.fresh))
@@ -544,7 +545,7 @@ def _share(dl, data):
         if new: data.put(dl, new, _rows(features, rows), _rows(yb, rows), dl.device)
     data.fresh = []
 
-# %% ../nbs/07_features.ipynb #75ddb12e
+# %% ../nbs/07_features.ipynb #63406d30
 class FeatureCache(FitCallback):
     "Compute what the frozen body gives for each item once, and train heads on that"
     # After `MixedPrecision` (10) and `DistributedTrainer` (11), before `ShortEpochCallback` (12), which shortens the view
@@ -588,7 +589,7 @@ class FeatureCache(FitCallback):
         try: self.learn.dl = _view(self.dl, self)
         except ValueError: pass # it is validated whole
 
-# %% ../nbs/07_features.ipynb #f6407c50
+# %% ../nbs/07_features.ipynb #723eb809
 @patch
 def _split(self:FeatureCache, b):
     "Inputs and targets, as `Learner` splits them"
@@ -610,7 +611,9 @@ def _data(self:FeatureCache, dl):
     return self._kept[name]
 
 @patch
-def _forget(self:FeatureCache, data): self._kept = {k: o for k,o in self._kept.items() if o is not data}
+def _forget(self:FeatureCache, data):
+    if data.features.file: _remove(data.features.file.place, os.getpid())
+    self._kept = {k: o for k,o in self._kept.items() if o is not data}
 
 @patch
 def _give(self:FeatureCache, dl, data, ids, part, raw):
@@ -624,7 +627,7 @@ def _give(self:FeatureCache, dl, data, ids, part, raw):
 
 def _state(xb): return [(o.data_ptr(), o._version) for o in _tensors(xb)]
 
-# %% ../nbs/07_features.ipynb #6fa55c5d
+# %% ../nbs/07_features.ipynb #e2877836
 @patch
 def before_batch(self:FeatureCache):
     if self._looking or not self._batch: return
@@ -660,7 +663,7 @@ def _say(self:FeatureCache, data):
     print(f'FeatureCache keeps what {self._cut} gives: {shape} for each of {data.features.n:,} items, '
           f'{data.features.nbytes/1e6:,.1f} MB {f"in {self.path}" if self.path else f"on {leaves[0].device}"}')
 
-# %% ../nbs/07_features.ipynb #da3e896a
+# %% ../nbs/07_features.ipynb #e792d7ed
 def _close(a, b):
     "Equal but for rounding: to half of the digits that the type has"
     a,b = tree_leaves(a),tree_leaves(b)
@@ -675,7 +678,7 @@ def _leaves_close(a, b):
 
 def _rows(tree, ids): return tree_map(lambda o: o[ids] if isinstance(o, torch.Tensor) else o, tree)
 
-# %% ../nbs/07_features.ipynb #3bcb5741
+# %% ../nbs/07_features.ipynb #d98b268f
 @patch
 def _check(self:FeatureCache, batch, features):
     "The first batch of a fit: read again, and computed in both ways; in validation, what is not so is validated whole"
@@ -714,7 +717,7 @@ def _check_rest(self:FeatureCache, xb, features):
     if not _close(cut.whole(xb), out): raise ValueError(
         f'`FeatureCache`: {why} {cut}, or the input is changed before it. Cut the model somewhere else, with `body`')
 
-# %% ../nbs/07_features.ipynb #9f1623d1
+# %% ../nbs/07_features.ipynb #9cd6d9ea
 @patch
 def _begin_pass(self:FeatureCache, dl):
     "What was kept before is looked at again: some items at a fit's first pass, one at each other"
@@ -760,7 +763,7 @@ def _read_again(self:FeatureCache, dl, ids, n):
 def _autocast(self:FeatureCache):
     return next((cb.autocast for cb in self.learn.cbs if isinstance(cb, MixedPrecision)), nullcontext())
 
-# %% ../nbs/07_features.ipynb #5083c9a5
+# %% ../nbs/07_features.ipynb #6fee0bba
 def _shapes(tree): return ' and '.join(str(tuple(o.shape)) for o in _tensors(tree)) or 'no tensor'
 
 def _mixes(learn):

@@ -1,7 +1,7 @@
 """FeatureCache against the fit without it, whose frozen body a small callback holds in eval mode whole
 
 Run as a script by several processes, it is what each of them does."""
-import math, signal, subprocess, sys, time
+import gc, math, os, subprocess, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -123,25 +123,26 @@ def test_loaders_without_indices(kind):
     assert_close(got, expected)
     assert n < 40*3+14*3 and cb.nbytes >= 54*5*4
 
-@pytest.mark.parametrize('dl', [lambda: data(view=TorchLoader, shuffle=True), lambda: data(view=partial(
-    TorchLoader, sampler=torch.utils.data.WeightedRandomSampler([1.]*40, 40)))])
-def test_a_loader_that_shuffles_without_indices(dl):
-    two = dl() if 'shuffle' in str(dl.__code__.co_consts) else DataLoaders(
-        TorchLoader(data().train_ds, 8, sampler=torch.utils.data.WeightedRandomSampler([1.]*40, 40)), data().valid, device='cpu')
-    with pytest.raises(ValueError, match='shuffles'): learner(two).fit(1, cbs=FeatureCache)
+@pytest.mark.parametrize('kwargs', [dict(shuffle=True), dict(sampler=torch.utils.data.WeightedRandomSampler([1.]*40, 40))])
+def test_a_loader_that_shuffles_without_indices(kwargs):
+    dls = DataLoaders(TorchLoader(data().train_ds, 8, **kwargs), data().valid, device='cpu')
+    with pytest.raises(ValueError, match='shuffles'): learner(dls).fit(1, cbs=FeatureCache)
 
 
 # With what stands beside it
+
+def in_training(exc):
+    def _inner(cb):
+        if cb.training: raise exc()
+    return _inner
 
 beside = dict(
     accumulation=lambda: [GradientAccumulation(20)], clip=lambda: [GradientClip(.1)], bnfreeze=lambda: [BnFreeze()],
     short=lambda: [ShortEpochCallback(.5)], going_on=lambda: [ShortEpochCallback(n_batches=2, resume=True)],
     bf16=lambda: [CpuMixedPrecision('bf16', init_scale=1.)], tracker=lambda: [EarlyStoppingCallback(patience=1)],
     preds=lambda: [At('after_batch', lambda cb: cb.learn.get_preds(inner=True), it=2)],
-    mid_preds=lambda: [At('before_batch', lambda cb: cb.training and cb.learn.get_preds(inner=True), it=2, order=11)],
-    validate=lambda: [At('after_batch', lambda cb: cb.training and cb.learn.validate(), it=1)],
-    cancels=lambda: [At('before_batch', stop(CancelBatchException()), it=1, ep=0, order=11.4)],
-    cancels_later=lambda: [At('after_pred', stop(CancelBatchException()), it=1, ep=0)])
+    cancels=lambda: [At('before_batch', in_training(CancelBatchException), it=1, ep=0, order=11.4)],
+    cancels_later=lambda: [At('after_pred', in_training(CancelBatchException), it=1, ep=0)])
 
 @pytest.mark.parametrize('shuffle', [True, False])
 @pytest.mark.parametrize('name', beside)
@@ -228,3 +229,162 @@ def test_a_body_that_is_unfrozen_in_a_fit(event):
         cb.learn.opt.set_hypers(lr=.01)
     def run(cb): return fit(learner(), [cb, At(event, unfreeze, it=2 if event == 'after_batch' else None, ep=1)])
     assert_close(run(FeatureCache()), run(Held()))
+
+
+# What it refuses: the error names what it is, and the Learner is as before
+
+class Noise(nn.Module):
+    def forward(self, x): return x + torch.randn_like(x)
+class Always(nn.Module):
+    def forward(self, x): return F.dropout(x, .5)
+class Skips(nn.Module):
+    def __init__(self, more): 
+        super().__init__()
+        self.body,self.head,self.more = nn.Linear(3, 3).requires_grad_(False),nn.Linear(3, 1),more
+    def forward(self, x):
+        f = self.body(x)
+        return self.head(f + x if self.more == 'input' else f*self.seen if self.more == 'attribute' else f)
+class Scaled(Skips):
+    def forward(self, x): return self.head(self.body(x/2))
+class Noted(nn.Linear):
+    def forward(self, x):
+        self.noted = super().forward(x)
+        return self.noted
+class ByNote(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner,self.last,self.head = Noted(3, 3).requires_grad_(False),nn.Linear(3, 3).requires_grad_(False),nn.Linear(3, 1)
+        self.body = nn.Sequential(self.inner, self.last)
+    def forward(self, x): return self.head(self.body(x)*self.inner.noted)
+
+def sequential(*body): return nn.Sequential(nn.Sequential(nn.Linear(3, 4), *body).requires_grad_(False), nn.Linear(4, 1))
+def hooked():
+    model = sequential(nn.Linear(4, 4))
+    model[0][1].register_forward_hook(noop)
+    return model
+def half_frozen():
+    model = sequential(nn.BatchNorm1d(4), nn.Linear(4, 4))
+    model[0][1].requires_grad_(True)
+    return model
+class Random(Dataset):
+    def __len__(self): return 20
+    def __getitem__(self, i): return torch.full((3,), i)+.01*torch.randn(3),torch.ones(1)
+class Add(Callback):
+    order = 30
+    def before_batch(self): self.learn.xb = (self.x*2,)
+class AddInPlace(Callback):
+    def before_batch(self): self.learn.xb[0].add_(1)
+
+by_body = dict(body=lambda m: m.body)
+first = dict(body=lambda m: m[0])
+refused = dict(
+    nothing_frozen=(lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)), {}, 'nothing is frozen.*learn.freeze'),
+    no_front=(lambda: Skips(''), {}, 'no frozen body.*Skips.*body=lambda'),
+    batchnorm_trains=(half_frozen, {}, r'`0.1` \(BatchNorm1d\) trains.*train_bn=False'),
+    batchnorm_trains_given=(half_frozen, first, r'`0.1` \(BatchNorm1d\) trains.*train_bn=False'),
+    trains=(lambda: nn.Sequential(nn.Sequential(nn.Linear(3, 4).requires_grad_(False), nn.Linear(4, 4)), nn.Linear(4, 1)), first,
+            '`0.1.weight` trains'),
+    noise=(lambda: sequential(Noise()), {}, r'`0.1` \(Noise\)'), always=(lambda: sequential(Always()), {}, r'`0.1` \(Always\)'),
+    batch=(lambda: sequential(nn.BatchNorm1d(4, track_running_stats=False)), {}, r'`0.1` \(BatchNorm1d\).*other items'),
+    hook=(hooked, {}, '`0.1` of the body has a forward hook'),
+    memory=(lambda: sequential(type('Memory', (nn.Identity,), dict(reset=noop))()), {}, r'`0.1` \(Memory\) remembers'),
+    skip=(lambda: Skips('input'), by_body, 'wants more'), attribute=(ByNote, by_body, 'wants more'), scaled=(Scaled, by_body, 'changed before'),
+    not_in_model=(lambda: sequential(), dict(body=nn.Linear(3, 3)), 'a module of the model'))
+
+@pytest.mark.parametrize('name', refused)
+def test_models_that_are_refused(name):
+    make,kwargs,words = refused[name]
+    if name == 'scaled': make = lambda: Scaled('')
+    learn = learner(model=make())
+    dls,loaders,before = learn.dls,list(learn.dls),weights(learn.model)
+    with pytest.raises(ValueError, match=words): learn.fit(1, cbs=FeatureCache(**kwargs))
+    learn.dl = None # as fastai leaves it after an error
+    is_clean(learn, dls, loaders)
+    assert torch.equal(before, weights(learn.model))
+
+refused_others = dict(mixup=(MixUp, 'mix_up'), replaced=(Add, 'add'), in_place=(AddInPlace, 'add_in_place'))
+
+@pytest.mark.parametrize('second', [True, False])
+@pytest.mark.parametrize('name', refused_others)
+def test_callbacks_that_are_refused(name, second):
+    "In the first fit, and in one that has its features already"
+    cb,(other,words) = FeatureCache(),refused_others[name]
+    learn = learner()
+    if second: learn.fit(1, cbs=cb)
+    with pytest.raises(ValueError, match=f'changed the batch.*{words}'): learn.fit(1, cbs=[cb, other()])
+
+def test_data_that_is_refused():
+    dls = DataLoaders(DataLoader(Random(), bs=8), DataLoader(Random(), bs=8), device='cpu')
+    with pytest.raises(ValueError, match='read differently each time, by the data set, a Random.*views'): learner(dls).fit(1, cbs=FeatureCache)
+
+def test_random_validation_is_whole():
+    "In validation there is nothing to refuse: it is as without the cache"
+    def run(cb): return fit(learner(DataLoaders(data().train, DataLoader(Random(), bs=8), device='cpu')), cb)
+    assert_close(run(FeatureCache()), run(Held()))
+
+def test_as_many_views_as_epochs_is_the_usual_training():
+    def run(cb): return fit(learner(DataLoaders(DataLoader(Random(), bs=5, shuffle=True), data().valid, device='cpu')), cb, n_epoch=2)
+    def same(cb): return run(cb) if random.seed(0) is None else None
+    got,expected = same(FeatureCache(views=2)),same(Held())
+    assert_same(got, expected)
+
+
+# Interrupts and errors
+
+@pytest.mark.parametrize('exc', [KeyboardInterrupt(), ValueError('broken'), CancelFitException()])
+@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_backward', 'after_batch', 'before_validate'])
+@pytest.mark.parametrize('on_disk', [True, False])
+def test_nothing_half_is_kept(exc, event, on_disk, tmp_path):
+    cb,learn = FeatureCache(path=tmp_path/'kept' if on_disk else None),learner()
+    dls,loaders = learn.dls,list(learn.dls)
+    fault = At(event, stop(exc), it=None if event == 'before_validate' else 3, ep=0)
+    try: learn.fit(2, .05, cbs=[cb, fault])
+    except (KeyboardInterrupt, ValueError): learn.dl = None
+    is_clean(learn, dls, loaders)
+    if not isinstance(exc, CancelFitException) and event != 'before_validate': assert not cb.nbytes
+    if on_disk and event != 'before_validate' and not isinstance(exc, CancelFitException):
+        gc.collect()
+        assert not [*(tmp_path/'kept').iterdir()]
+    learn.model.load_state_dict(net().state_dict())
+    learn.model.zero_grad() # fastai leaves some
+    learn.probe.__init__()
+    learn.opt = None
+    assert_same(fit(learn, cb), fit(learner(), Held()))
+
+
+# On disk
+
+def files(path): return sorted(o.name for o in path.iterdir())
+
+def test_features_on_disk_are_found_again(tmp_path):
+    expected = fit(learner(), FeatureCache())
+    for n in 54, 0, 0:
+        assert_same(fit(learner(), FeatureCache(path=tmp_path/'new'/'kept')), expected)
+        assert n <= Body.n <= n+40
+    assert len(files(tmp_path/'new'/'kept')) == 2
+    fit(learner(model=net(seed=3)), FeatureCache(path=tmp_path/'new'/'kept'))
+    assert Body.n >= 54 and len(files(tmp_path/'new'/'kept')) == 4
+
+@pytest.mark.parametrize('spoil', [lambda o: o.write_bytes(b'junk'), lambda o: o.write_bytes(o.read_bytes()[:-9]), lambda o: o.write_bytes(b''),
+                                   lambda o: o.write_bytes(bytes(64)+o.read_bytes()[64:])], ids=['junk', 'cut', 'empty', 'other numbers'])
+def test_spoiled_files_are_written_anew(spoil, tmp_path):
+    expected = fit(learner(), FeatureCache(path=tmp_path))
+    for o in tmp_path.iterdir(): spoil(o)
+    for _ in range(2): assert_same(fit(learner(), FeatureCache(path=tmp_path)), expected)
+    assert Body.n <= 40
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    def full(*args): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(os, 'posix_fallocate', full)
+    learn = learner()
+    with pytest.raises(OSError, match='MB.*No space left on device.*another `path`'): learn.fit(1, cbs=FeatureCache(path=tmp_path))
+    assert not [*tmp_path.iterdir()]
+    learn.dl = None
+    learn.probe.__init__()
+    learn.opt = None
+    assert_same(fit(learn, FeatureCache()), fit(learner(), Held()))
+
+def test_a_path_that_is_a_file(tmp_path):
+    (tmp_path/'file').write_text('mine')
+    with pytest.raises(OSError, match='can.t keep'): learner().fit(1, cbs=FeatureCache(path=tmp_path/'file'))
+    assert (tmp_path/'file').read_text() == 'mine'
