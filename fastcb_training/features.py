@@ -7,7 +7,7 @@ Docs: https://fastcb.github.io/fastcb_training/features.html.md"""
 # %% auto #0
 __all__ = ['FeatureCache']
 
-# %% ../nbs/07_features.ipynb #2e9fb82d
+# %% ../nbs/07_features.ipynb #7276a67b
 import hashlib, inspect, os, pickle, sys, types
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
@@ -28,20 +28,21 @@ from fastai.callback.mixup import MixHandler
 from fastai.data.core import Datasets
 from fastai.data.load import DataLoader
 from fastai.distributed import DistributedDL
-from fastai.torch_basics import Pipeline, Transform, no_random, num_distrib, set_seed, to_device
+from fastai.torch_basics import Pipeline, Transform, no_random, noop, num_distrib, set_seed, to_device
 from fastai.vision.augment import RandTransform, Resize
 from fastcore.basics import GetAttr, chunked, patch, store_attr
 from fastcore.foundation import L
-from fastcore.imports import noop
 from torch import distributed as dist, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.data import BatchSampler, DataLoader as TorchLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
 
 from .core import FitCallback, check
 
-# %% ../nbs/07_features.ipynb #a0c10928
+# %% ../nbs/07_features.ipynb #3a5b96b2
 class _Features(torch.Tensor):
-    "Marks a batch that has been through the body"
+    "Marks a batch that has been through the body; a copy is a plain tensor"
+    def __deepcopy__(self, memo): return self.as_subclass(torch.Tensor).__deepcopy__(memo)
+    def __reduce_ex__(self, proto): return self.as_subclass(torch.Tensor).__reduce_ex__(proto)
 
 def _mark(tree): return tree_map(lambda o: o.as_subclass(_Features), tree)
 def _is_marked(tree): return any(isinstance(o, _Features) for o in tree_leaves(tree))
@@ -64,7 +65,7 @@ class _Found(Exception):
         super().__init__('features')
         self.features = features
 
-# %% ../nbs/07_features.ipynb #c6d64f6a
+# %% ../nbs/07_features.ipynb #5ec500fd
 class _Cut:
     "A model that is cut behind its modules `units`, which are frozen"
     def __init__(self, model, units, names):
@@ -86,7 +87,7 @@ class _Cut:
     @property
     def is_frozen(self): return not any(o.requires_grad for o in self.tensors)
 
-# %% ../nbs/07_features.ipynb #676764a4
+# %% ../nbs/07_features.ipynb #0c695720
 @contextmanager
 def _eval(modules):
     "All `modules` in eval mode, without gradients; each gets its own mode back"
@@ -117,7 +118,7 @@ def whole(self:_Cut, xb):
 @patch
 def __str__(self:_Cut): return ', '.join(f'`{name}` ({type(m).__name__})' for name,m in zip(self.names, self.units))
 
-# %% ../nbs/07_features.ipynb #85c06214
+# %% ../nbs/07_features.ipynb #01c2934d
 def _bytes(t):
     "The bytes of a tensor, wherever it lies"
     return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if t.numel() else b''
@@ -136,7 +137,7 @@ def key(self:_Cut):
         self.digest = hashlib.sha256(b''.join([self.form.encode(), *digests])).hexdigest()
     return self.digest
 
-# %% ../nbs/07_features.ipynb #9f73f96d
+# %% ../nbs/07_features.ipynb #ebc4fc4a
 def _random(m):
     "Is `m`, which has no parameters, random in training?"
     random = nn.modules.dropout._DropoutNd,nn.RReLU,nn.FractionalMaxPool2d,nn.FractionalMaxPool3d
@@ -151,7 +152,7 @@ def _front(model, prefix=''):
         else: return units + (_front(m, f'{prefix}{name}.') if type(m).forward is nn.Sequential.forward else [])
     return units
 
-# %% ../nbs/07_features.ipynb #6496d2f3
+# %% ../nbs/07_features.ipynb #fc76ab55
 _served = WeakSet() # models that were cut before: `fine_tune` unfreezes them
 
 def _cut(model, body=None):
@@ -198,7 +199,7 @@ def _refuse_hooks(units):
             if callable(getattr(m, 'reset', None)): raise ValueError(
                 f'`FeatureCache`: layer `{full}` ({type(m).__name__}) remembers the batch before (it has a `reset`), so its features can\'t be kept')
 
-# %% ../nbs/07_features.ipynb #1528b539
+# %% ../nbs/07_features.ipynb #fa95902c
 class _Store:
     "Rows of tensors, kept by number: in memory, on the model's device, or in a file that is mapped"
     def __init__(self, n=0, file=None):
@@ -221,7 +222,7 @@ class _Store:
         rows = [o[torch.tensor(ids, device=o.device)] for o in self.leaves]
         return tree_unflatten([o.as_subclass(kind) for o,kind in zip(rows, self.kinds)], self.spec)
 
-# %% ../nbs/07_features.ipynb #97c08ae5
+# %% ../nbs/07_features.ipynb #3fe162a2
 @patch
 def _make(self:_Store, leaves, spec, device):
     self.spec,self.kinds = spec,[type(o) for o in leaves]
@@ -243,7 +244,7 @@ def _roomy(device, dtype, shape):
     nbytes = torch.Size(shape).numel()*dtype.itemsize
     return 'cpu' if device.type == 'cuda' and 2*nbytes > torch.cuda.mem_get_info(device)[0] else device
 
-# %% ../nbs/07_features.ipynb #46ee3ca4
+# %% ../nbs/07_features.ipynb #aa4165c2
 class _File:
     "A file that is mapped: written beside its place, and put there when it is whole"
     def __init__(self, place, n):
@@ -292,7 +293,7 @@ def _remove(path, pid):
     if pid != os.getpid(): return # a worker has a copy of the object
     with suppress(OSError): path.unlink()
 
-# %% ../nbs/07_features.ipynb #d15e8cd2
+# %% ../nbs/07_features.ipynb #0b99331a
 @patch
 def publish(self:_Store):
     "Give the file its name, when all of it is on the disk"
@@ -308,7 +309,7 @@ def publish(self:_Store):
         os.fsync(f.fileno())
     os.replace(file.beside, file.place)
 
-# %% ../nbs/07_features.ipynb #42c8d941
+# %% ../nbs/07_features.ipynb #8699d435
 def _describe(o, seen=()):
     "What `o` says about data: content and code, but no numbers of an object, which may count what is done with it"
     if isinstance(o, (str, bytes, type, Number, Enum, types.NoneType, types.ModuleType)): return repr(o)
@@ -363,7 +364,7 @@ def _print_of(dl):
 
 def _within(dl): return dl.dl if isinstance(dl, DistributedDL) else dl
 
-# %% ../nbs/07_features.ipynb #d501553d
+# %% ../nbs/07_features.ipynb #a05ee5e7
 class _Batches(Dataset):
     "Batch by batch, the items that are asked for, as the workers of `dl` make them"
     def __init__(self, dl, chunks): self.dl,self.chunks = dl,chunks
@@ -396,7 +397,7 @@ def _read(dl, chunks, workers=True):
 
 def _draw(dl): torch.empty((), dtype=torch.int64).random_(generator=getattr(dl, 'generator', None))
 
-# %% ../nbs/07_features.ipynb #6660b934
+# %% ../nbs/07_features.ipynb #f181d549
 class _View(DataLoader):
     "`dl`, of which each batch is read, or comes as features; the same indices and random numbers"
     _default = 'dl'
@@ -441,7 +442,7 @@ def _plan(data, dl, chunks):
         seen.update(plan[-1])
     return plan
 
-# %% ../nbs/07_features.ipynb #79920f93
+# %% ../nbs/07_features.ipynb #a3b45457
 class _TorchView(TorchLoader):
     "The same for a loader of PyTorch's that does not shuffle: its indices are those of its sampler"
     def __iter__(self): return _serve(self._dl, self._cache, list(self.batch_sampler))
@@ -493,7 +494,7 @@ def _has_indices(dl):
     own = [o for o in ('sample', 'chunkify', 'create_batches') if o in vars(dl) or getattr(type(dl), o) is not getattr(DataLoader, o)]
     return dl.indexed and dl.bs and dl.n is not None and not own
 
-# %% ../nbs/07_features.ipynb #ea015b71
+# %% ../nbs/07_features.ipynb #5c0f6d03
 class _Data:
     "What is kept of one data set"
     def __init__(self, n=0, file=None):
@@ -532,7 +533,7 @@ def _targets_alone(dl, ids):
     b = dl_.do_batch([dl_.after_item(o) for o in items])
     return tuple(dl_.after_batch(b if dl.device is None else to_device(b, dl.device)))
 
-# %% ../nbs/07_features.ipynb #9ffbcf81
+# %% ../nbs/07_features.ipynb #cfbbcd6b
 def _share(dl, data):
     "What each process has computed since the last pass, for all"
     mine = data and data.fresh and (data.fresh, data.features.get(data.fresh), data.targets_of(dl, data.fresh))
@@ -545,7 +546,7 @@ def _share(dl, data):
         if new: data.put(dl, new, _rows(features, rows), _rows(yb, rows), dl.device)
     data.fresh = []
 
-# %% ../nbs/07_features.ipynb #63406d30
+# %% ../nbs/07_features.ipynb #075e8c46
 class FeatureCache(FitCallback):
     "Compute what the frozen body gives for each item once, and train heads on that"
     # After `MixedPrecision` (10) and `DistributedTrainer` (11), before `ShortEpochCallback` (12), which shortens the view
@@ -589,7 +590,7 @@ class FeatureCache(FitCallback):
         try: self.learn.dl = _view(self.dl, self)
         except ValueError: pass # it is validated whole
 
-# %% ../nbs/07_features.ipynb #723eb809
+# %% ../nbs/07_features.ipynb #7aa01e47
 @patch
 def _split(self:FeatureCache, b):
     "Inputs and targets, as `Learner` splits them"
@@ -627,7 +628,7 @@ def _give(self:FeatureCache, dl, data, ids, part, raw):
 
 def _state(xb): return [(o.data_ptr(), o._version) for o in _tensors(xb)]
 
-# %% ../nbs/07_features.ipynb #e2877836
+# %% ../nbs/07_features.ipynb #14efabcc
 @patch
 def before_batch(self:FeatureCache):
     if self._looking or not self._batch: return
@@ -663,7 +664,7 @@ def _say(self:FeatureCache, data):
     print(f'FeatureCache keeps what {self._cut} gives: {shape} for each of {data.features.n:,} items, '
           f'{data.features.nbytes/1e6:,.1f} MB {f"in {self.path}" if self.path else f"on {leaves[0].device}"}')
 
-# %% ../nbs/07_features.ipynb #e792d7ed
+# %% ../nbs/07_features.ipynb #5385f59d
 def _close(a, b):
     "Equal but for rounding: to half of the digits that the type has"
     a,b = tree_leaves(a),tree_leaves(b)
@@ -678,7 +679,7 @@ def _leaves_close(a, b):
 
 def _rows(tree, ids): return tree_map(lambda o: o[ids] if isinstance(o, torch.Tensor) else o, tree)
 
-# %% ../nbs/07_features.ipynb #d98b268f
+# %% ../nbs/07_features.ipynb #c05234ee
 @patch
 def _check(self:FeatureCache, batch, features):
     "The first batch of a fit: read again, and computed in both ways; in validation, what is not so is validated whole"
@@ -717,7 +718,7 @@ def _check_rest(self:FeatureCache, xb, features):
     if not _close(cut.whole(xb), out): raise ValueError(
         f'`FeatureCache`: {why} {cut}, or the input is changed before it. Cut the model somewhere else, with `body`')
 
-# %% ../nbs/07_features.ipynb #9cd6d9ea
+# %% ../nbs/07_features.ipynb #9b9e5ea4
 @patch
 def _begin_pass(self:FeatureCache, dl):
     "What was kept before is looked at again: some items at a fit's first pass, one at each other"
@@ -763,7 +764,7 @@ def _read_again(self:FeatureCache, dl, ids, n):
 def _autocast(self:FeatureCache):
     return next((cb.autocast for cb in self.learn.cbs if isinstance(cb, MixedPrecision)), nullcontext())
 
-# %% ../nbs/07_features.ipynb #6fee0bba
+# %% ../nbs/07_features.ipynb #0caad70c
 def _shapes(tree): return ' and '.join(str(tuple(o.shape)) for o in _tensors(tree)) or 'no tensor'
 
 def _mixes(learn):

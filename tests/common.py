@@ -12,6 +12,7 @@ import fastai.callback.training as fastai_training
 from fastcb_training.bnfreeze import BnFreeze
 from fastcb_training.accumulation import GradientAccumulation
 from fastcb_training.clip import GradientClip
+from fastcb_training.features import FeatureCache
 from fastcb_training.shortepoch import ShortEpochCallback
 
 
@@ -116,7 +117,8 @@ def frozen_learner(cbs=None, dls=None, **kwargs):
 ours = dict(
     short=lambda: [ShortEpochCallback(n_batches=4, resume=True)],
     accumulation=lambda: [GradientAccumulation(8, flush=True)],
-    clip=lambda: [GradientClip(.1)], bnfreeze=lambda: [BnFreeze()])
+    clip=lambda: [GradientClip(.1)], bnfreeze=lambda: [BnFreeze()],
+    features=lambda: [FeatureCache()])
 ours['all'] = lambda: [cb for f in list(ours.values())[:4] for cb in f()]
 
 

@@ -388,3 +388,44 @@ def test_a_path_that_is_a_file(tmp_path):
     (tmp_path/'file').write_text('mine')
     with pytest.raises(OSError, match='can.t keep'): learner().fit(1, cbs=FeatureCache(path=tmp_path/'file'))
     assert (tmp_path/'file').read_text() == 'mine'
+
+def test_two_processes_that_write_one_path(tmp_path):
+    "Both are right, both files are whole, and nothing is left beside them"
+    script = f"import sys; sys.path.insert(0, {str(HERE)!r}); from test_features import *; print(fit(learner(), FeatureCache(path={str(tmp_path)!r}))['weights'])"
+    env = os.environ|{'OMP_NUM_THREADS': '1'}
+    both = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', script], env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    expected = fit(learner(), Held())['weights']
+    assert [o.communicate(timeout=120)[0].strip() for o in both] == [str(expected)]*2
+    assert len(files(tmp_path)) == 2 and all(o.endswith('.features') for o in files(tmp_path))
+    assert fit(learner(), FeatureCache(path=tmp_path))['weights'] == expected and Body.n <= 40
+
+
+# Several processes
+
+def ranks(out):
+    "What each of two processes does"
+    from accelerate import Accelerator
+    from fastai.distributed import DistributedDL
+    from processes import broadcast, dist
+    DistributedDL._broadcast = broadcast
+    Accelerator(cpu=True) # starts the process group
+    left = {}
+    for name,cb in dict(cache=FeatureCache(), again=None, held=Held()).items():
+        cb = cb or shared
+        shared,learn = cb,learner(data(n=43, shuffle=True, n_valid=15))
+        with learn.distrib_ctx(cpu=True, sync_bn=False): left[name] = fit(learn, cb, how='fit_one_cycle'),Body.n
+    torch.save(left, Path(out)/f'{dist.get_rank()}.pt')
+    dist.destroy_process_group()
+
+def test_processes_share_the_work(tmp_path):
+    command = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', __file__, tmp_path]
+    done = subprocess.run(command, env=os.environ|{'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': '1', 'CUDA_VISIBLE_DEVICES': ''},
+                          text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=180)
+    assert done.returncode == 0, done.stdout[-4000:]
+    for left in [torch.load(tmp_path/f'{rank}.pt', weights_only=False) for rank in range(2)]:
+        (got,n),(again,n_again),(expected,n_held) = left.values()
+        assert_close(got, expected)
+        assert_close(again, expected)
+        assert n <= (43+15)/2+4*8+16 and n_again <= 12 and n_held >= 3*(43+15)/2
+
+if __name__ == '__main__': ranks(sys.argv[1])

@@ -96,7 +96,8 @@ def arguments(cb): return {k: getattr(cb, k) for k in inspect.signature(type(cb)
 @pytest.mark.parametrize('how', [copy, deepcopy, pickled, cloudpickled])
 @pytest.mark.parametrize('cb', [
     ShortEpochCallback(.3, False, n_batches=2, resume=True), GradientAccumulation(len, count=sum, flush=True),
-    GradientClip(.5, 1, nonfinite='raise'), BnFreeze(only_frozen=False)], ids=repr)
+    GradientClip(.5, 1, nonfinite='raise'), BnFreeze(only_frozen=False),
+    FeatureCache(nn.Linear(3, 3), views=2, path='kept')], ids=repr)
 def test_copies_have_the_arguments(cb, how): assert repr(arguments(how(cb))) == repr(arguments(cb)) and arguments(cb)
 
 
