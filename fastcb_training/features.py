@@ -7,7 +7,7 @@ Docs: https://fastcb.github.io/fastcb_training/features.html.md"""
 # %% auto #0
 __all__ = ['FeatureCache']
 
-# %% ../nbs/07_features.ipynb #7276a67b
+# %% ../nbs/07_features.ipynb #ed32721c
 import hashlib, inspect, os, pickle, sys, types
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
@@ -28,17 +28,18 @@ from fastai.callback.mixup import MixHandler
 from fastai.data.core import Datasets
 from fastai.data.load import DataLoader
 from fastai.distributed import DistributedDL
-from fastai.torch_basics import Pipeline, Transform, no_random, noop, num_distrib, set_seed, to_device
+from fastai.torch_basics import Pipeline, Transform, no_random, noop, num_distrib, rank_distrib, set_seed, to_device
 from fastai.vision.augment import RandTransform, Resize
 from fastcore.basics import GetAttr, chunked, patch, store_attr
 from fastcore.foundation import L
 from torch import distributed as dist, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
-from torch.utils.data import BatchSampler, DataLoader as TorchLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
+from torch.utils.data import BatchSampler, Dataset, IterableDataset, SequentialSampler, TensorDataset
+from torch.utils.data import DataLoader as TorchLoader, get_worker_info
 
 from .core import FitCallback, check
 
-# %% ../nbs/07_features.ipynb #3a5b96b2
+# %% ../nbs/07_features.ipynb #8f82c8ef
 class _Features(torch.Tensor):
     "Marks a batch that has been through the body; a copy is a plain tensor"
     def __deepcopy__(self, memo): return self.as_subclass(torch.Tensor).__deepcopy__(memo)
@@ -59,13 +60,14 @@ class _Through:
         return out
     def __reduce__(self): return getattr,(self.module,'forward') # a copy of the model has its own `forward`
 
+# %% ../nbs/07_features.ipynb #10055c67
 class _Found(Exception):
     "The features of a batch; the rest of the model need not run"
     def __init__(self, features):
         super().__init__('features')
         self.features = features
 
-# %% ../nbs/07_features.ipynb #5ec500fd
+# %% ../nbs/07_features.ipynb #3af31d9d
 class _Cut:
     "A model that is cut behind its modules `units`, which are frozen"
     def __init__(self, model, units, names):
@@ -87,7 +89,7 @@ class _Cut:
     @property
     def is_frozen(self): return not any(o.requires_grad for o in self.tensors)
 
-# %% ../nbs/07_features.ipynb #0c695720
+# %% ../nbs/07_features.ipynb #16d9be0a
 @contextmanager
 def _eval(modules):
     "All `modules` in eval mode, without gradients; each gets its own mode back"
@@ -98,6 +100,7 @@ def _eval(modules):
     finally:
         for m,training in before: m.training = training
 
+# %% ../nbs/07_features.ipynb #d2899293
 @patch
 def body(self:_Cut, xb):
     "The features of a batch, as the body gives them in service"
@@ -116,9 +119,10 @@ def whole(self:_Cut, xb):
     with _eval([self.model]): return self.model(*xb)
 
 @patch
-def __str__(self:_Cut): return ', '.join(f'`{name}` ({type(m).__name__})' for name,m in zip(self.names, self.units))
+def __str__(self:_Cut):
+    return ', '.join(f'`{name}` ({type(m).__name__})' for name,m in zip(self.names, self.units))
 
-# %% ../nbs/07_features.ipynb #01c2934d
+# %% ../nbs/07_features.ipynb #ebe35e51
 def _bytes(t):
     "The bytes of a tensor, wherever it lies"
     return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if t.numel() else b''
@@ -137,7 +141,7 @@ def key(self:_Cut):
         self.digest = hashlib.sha256(b''.join([self.form.encode(), *digests])).hexdigest()
     return self.digest
 
-# %% ../nbs/07_features.ipynb #ebc4fc4a
+# %% ../nbs/07_features.ipynb #e90cc8d6
 def _random(m):
     "Is `m`, which has no parameters, random in training?"
     random = nn.modules.dropout._DropoutNd,nn.RReLU,nn.FractionalMaxPool2d,nn.FractionalMaxPool3d
@@ -152,7 +156,7 @@ def _front(model, prefix=''):
         else: return units + (_front(m, f'{prefix}{name}.') if type(m).forward is nn.Sequential.forward else [])
     return units
 
-# %% ../nbs/07_features.ipynb #fc76ab55
+# %% ../nbs/07_features.ipynb #9f524a95
 _served = WeakSet() # models that were cut before: `fine_tune` unfreezes them
 
 def _cut(model, body=None):
@@ -160,8 +164,8 @@ def _cut(model, body=None):
     model = getattr(model, 'module', model)
     names = {m: name or 'the model' for name,m in model.named_modules()}
     if body is not None and not isinstance(body, nn.Module): body = body(model)
-    if body is not None and body not in names: raise ValueError(
-        '`body` has to be a module of the model that is trained, or a function that gives one; `lambda model: model[0]` fits all')
+    if body is not None and body not in names:
+        raise ValueError('`body` has to be a module of the model that is trained, or a function that gives one')
     units = _in_front(model) if body is None else [(names[body], body)]
     why = _trained(model, units)
     if why and model in _served: return
@@ -172,34 +176,40 @@ def _cut(model, body=None):
 
 def _in_front(model): return _front(model) if type(model).forward is nn.Sequential.forward else []
 
+# %% ../nbs/07_features.ipynb #d295dd04
 def _trained(model, units):
     "What is wrong with the body because something trains, or None"
     ps = [(name, p) for name,p in model.named_parameters()]
-    if all(p.requires_grad for _,p in ps): return 'needs a frozen body, and nothing is frozen: call `learn.freeze()` first'
+    needs = 'needs a frozen body, and'
+    if all(p.requires_grad for _,p in ps): return f'{needs} nothing is frozen: call `learn.freeze()` first'
     inside = {id(p) for _,m in units for p in m.parameters()}
     frozen = [i for i,(_,p) in enumerate(ps) if not p.requires_grad and id(p) not in inside]
     for i,(name,p) in enumerate(ps): # of the body, or between what is frozen
         if not p.requires_grad or id(p) not in inside and not (frozen and i < frozen[-1]): continue
         layer = name.rpartition('.')[0]
         kind = model.get_submodule(layer)
-        if hasattr(kind, 'running_mean'): return (
-            f'needs a frozen body, and its layer `{layer}` ({type(kind).__name__}) trains: make the Learner with `train_bn=False`')
-        if id(p) in inside: return f'needs a frozen body, and its parameter `{name}` trains: freeze it, or give another `body`'
+        if hasattr(kind, 'running_mean'):
+            return (f'{needs} its layer `{layer}` ({type(kind).__name__}) trains: '
+                    'make the Learner with `train_bn=False`')
+        if id(p) in inside: return f'{needs} its parameter `{name}` trains: freeze it, or give another `body`'
     if not inside: return (f'finds no frozen body at the front of this {type(model).__name__}: '
                            'name it, for instance with `body=lambda model: model.encoder`')
 
+# %% ../nbs/07_features.ipynb #92c65a2e
 def _refuse_hooks(units):
     "What happens inside of the body happens once: nobody can watch it, and it has no memory"
     for name,unit in units:
         for inner,m in unit.named_modules():
             full = f'{name}.{inner}'.strip('.')
             if m._forward_hooks: raise ValueError(
-                f'`FeatureCache`: layer `{full}` of the body has a forward hook, which would not be called again. A U-Net takes '
-                'more than the last output of its body: it can\'t be cut there. A callback that watches the body has to go')
+                f'`FeatureCache`: layer `{full}` of the body has a forward hook, which would not be called again. '
+                'A U-Net takes more than the last output of its body, and can\'t be cut there. '
+                'A callback that watches the body has to be taken out')
             if callable(getattr(m, 'reset', None)): raise ValueError(
-                f'`FeatureCache`: layer `{full}` ({type(m).__name__}) remembers the batch before (it has a `reset`), so its features can\'t be kept')
+                f'`FeatureCache`: layer `{full}` ({type(m).__name__}) remembers the batch before, since it has a '
+                '`reset`: what it gives for an item is another each time')
 
-# %% ../nbs/07_features.ipynb #fa95902c
+# %% ../nbs/07_features.ipynb #1aacd8de
 class _Store:
     "Rows of tensors, kept by number: in memory, on the model's device, or in a file that is mapped"
     def __init__(self, n=0, file=None):
@@ -215,20 +225,22 @@ class _Store:
         leaves,spec = tree_flatten(tree)
         if self.leaves is None: self._make(leaves, spec, device)
         if max(ids) >= self.n: self._grow(max(ids)+1)
-        for kept,o in zip(self.leaves, leaves): kept[torch.tensor(ids, device=kept.device)] = o.as_subclass(torch.Tensor).to(kept)
+        for kept,o in zip(self.leaves, leaves):
+            kept[torch.tensor(ids, device=kept.device)] = o.as_subclass(torch.Tensor).to(kept)
         for i in ids: self.known[i] = 1
 
     def get(self, ids):
         rows = [o[torch.tensor(ids, device=o.device)] for o in self.leaves]
         return tree_unflatten([o.as_subclass(kind) for o,kind in zip(rows, self.kinds)], self.spec)
 
-# %% ../nbs/07_features.ipynb #3fe162a2
+# %% ../nbs/07_features.ipynb #bd7a93b1
 @patch
 def _make(self:_Store, leaves, spec, device):
     self.spec,self.kinds = spec,[type(o) for o in leaves]
     forms = [(o.dtype, (self.n, *o.shape[1:])) for o in leaves]
     if self.file: self.leaves = self.file.write(forms)
-    else: self.leaves = [torch.empty(shape, dtype=dtype, device=_roomy(device, dtype, shape)) for dtype,shape in forms]
+    else: self.leaves = [torch.empty(shape, dtype=dtype, device=_roomy(device, _size((dtype, shape))))
+                         for dtype,shape in forms]
 
 @patch
 def _grow(self:_Store, n):
@@ -238,13 +250,13 @@ def _grow(self:_Store, n):
     self.known.extend(bytes(more))
     self.n += more
 
-def _roomy(device, dtype, shape):
+# %% ../nbs/07_features.ipynb #aaabf9fb
+def _roomy(device, nbytes):
     "The device if half of its free memory is enough, else the CPU"
     device = torch.device(device)
-    nbytes = torch.Size(shape).numel()*dtype.itemsize
     return 'cpu' if device.type == 'cuda' and 2*nbytes > torch.cuda.mem_get_info(device)[0] else device
 
-# %% ../nbs/07_features.ipynb #aa4165c2
+# %% ../nbs/07_features.ipynb #32f5a9c5
 class _File:
     "A file that is mapped: written beside its place, and put there when it is whole"
     def __init__(self, place, n):
@@ -274,16 +286,18 @@ class _File:
                 else: f.write(bytes(total))
         except OSError as e:
             _remove(self.beside, os.getpid())
-            raise OSError(e.errno, f'`FeatureCache` can\'t keep {total/1e6:,.1f} MB in {self.place.parent} ({e.strerror}): '
-                          'give another `path`, or none to keep them in memory') from e
+            raise OSError(e.errno, f'`FeatureCache` can\'t keep {total/1e6:,.1f} MB in {self.place.parent} '
+                          f'({e.strerror}): give another `path`, or none to keep them in memory') from e
         return self._map(self.beside, forms, 'r+')[0]
 
     def _map(self, path, forms, mode):
         starts = _layout(forms)
         self.map = np.memmap(path, np.uint8, mode)
-        leaves = [torch.from_numpy(self.map[i:i+_size(form)]).view(form[0]).view(form[1]) for i,form in zip(starts, forms)]
+        parts = [torch.from_numpy(self.map[i:i+_size(form)]) for i,form in zip(starts, forms)]
+        leaves = [o.view(dtype).view(shape) for o,(dtype,shape) in zip(parts, forms)]
         return leaves,self.map[starts[-1]:starts[-1]+self.n]
 
+# %% ../nbs/07_features.ipynb #953bb476
 def _size(form): return torch.Size(form[1]).numel()*form[0].itemsize
 def _layout(forms):
     "Where each tensor begins, and where the last one ends"
@@ -293,7 +307,7 @@ def _remove(path, pid):
     if pid != os.getpid(): return # a worker has a copy of the object
     with suppress(OSError): path.unlink()
 
-# %% ../nbs/07_features.ipynb #0b99331a
+# %% ../nbs/07_features.ipynb #9f7da006
 @patch
 def publish(self:_Store):
     "Give the file its name, when all of it is on the disk"
@@ -309,19 +323,21 @@ def publish(self:_Store):
         os.fsync(f.fileno())
     os.replace(file.beside, file.place)
 
-# %% ../nbs/07_features.ipynb #8699d435
+# %% ../nbs/07_features.ipynb #a99495ae
+def _digest(data): return hashlib.sha256(data).hexdigest()
+
 def _describe(o, seen=()):
-    "What `o` says about data: content and code, but no numbers of an object, which may count what is done with it"
+    "What `o` says about data: content and code; numbers of an object may count its uses, and are left out"
     if isinstance(o, (str, bytes, type, Number, Enum, types.NoneType, types.ModuleType)): return repr(o)
     if isinstance(o, Path): return _on_disk(o)
     if id(o) in seen or len(seen) > 12: return type(o).__qualname__
     def inner(e): return _describe(e, (*seen, id(o)))
-    if isinstance(o, torch.Tensor): return str(o.dtype),tuple(o.shape),hashlib.sha256(_bytes(o)).hexdigest()
+    if isinstance(o, torch.Tensor): return str(o.dtype),tuple(o.shape),_digest(_bytes(o))
     if isinstance(o, np.memmap): return _on_disk(Path(o.filename)),o.offset,o.shape
-    if isinstance(o, np.ndarray) and o.dtype != object: return str(o.dtype),o.shape,hashlib.sha256(o.tobytes()).hexdigest()
-    if isinstance(o, pd.DataFrame|pd.Series): return hashlib.sha256(pickle.dumps(o)).hexdigest()
+    if isinstance(o, np.ndarray) and o.dtype != object: return str(o.dtype),o.shape,_digest(o.tobytes())
+    if isinstance(o, pd.DataFrame|pd.Series): return _digest(pickle.dumps(o))
     if isinstance(o, types.FunctionType): return _describe_function(o, inner)
-    if isinstance(o, types.MethodType): return inner(o.__func__),None if isinstance(o.__self__, DataLoader) else inner(o.__self__)
+    if isinstance(o, types.MethodType): return inner(o.__func__),not isinstance(o.__self__, DataLoader) and inner(o.__self__)
     if isinstance(o, partial): return inner(o.func),inner(o.args),inner(o.keywords)
     if isinstance(o, dict): return [(inner(k), inner(v)) for k,v in o.items()]
     if isinstance(o, list|tuple|set|L|np.ndarray): return [inner(e) for e in o]
@@ -331,6 +347,7 @@ def _describe(o, seen=()):
     parts = {k: v for k,v in getattr(o, '__dict__', {}).items() if not isinstance(v, Number) and not _counts(v)}
     return type(o).__qualname__,inner(parts)
 
+# %% ../nbs/07_features.ipynb #3936d555
 def _counts(o): return isinstance(o, list) and o and isinstance(o[0], Number)
 
 def _on_disk(path):
@@ -346,8 +363,10 @@ def _describe_function(f, inner):
     return name,_describe_code(code),inner(f.__defaults__),inner(cells),inner(used)
 
 def _describe_code(code):
-    return code.co_code,[_describe_code(o) if isinstance(o, types.CodeType) else repr(o) for o in code.co_consts]
+    parts = [_describe_code(o) if isinstance(o, types.CodeType) else repr(o) for o in code.co_consts]
+    return code.co_code,code.co_names,parts
 
+# %% ../nbs/07_features.ipynb #1bbfc6b8
 def _describe_transform(o, inner):
     "Its class and arguments; what it draws for each item is none of them"
     names = inspect.signature(type(o).__init__).parameters
@@ -359,37 +378,40 @@ def _print_of(dl):
     dl = _within(dl)
     tfms = [getattr(dl, o, None) for o in ('after_item', 'before_batch', 'after_batch')]
     what = getattr(dl, 'dataset', dl)
-    if type(what) is TensorDataset: what = what.tensors[:max(1, len(what.tensors)-1)]
-    return hashlib.sha256(repr(_describe([what, tfms, type(dl)])).encode()).hexdigest()
+    if type(what) is TensorDataset: what = what.tensors[:-1] or what.tensors
+    return _digest(repr(_describe([what, tfms, type(dl)])).encode())
 
 def _within(dl): return dl.dl if isinstance(dl, DistributedDL) else dl
 
-# %% ../nbs/07_features.ipynb #a05ee5e7
+# %% ../nbs/07_features.ipynb #7d6bdeaa
 class _Batches(Dataset):
     "Batch by batch, the items that are asked for, as the workers of `dl` make them"
     def __init__(self, dl, chunks): self.dl,self.chunks = dl,chunks
     def __len__(self): return len(self.chunks)
     def __getitem__(self, i):
         items = [self.dl.do_item(o) for o in self.chunks[i]]
-        if any(o is None for o in items): raise ValueError('`FeatureCache` can\'t keep features of items that are skipped')
+        if any(o is None for o in items): raise ValueError('`FeatureCache` can\'t keep an item that is skipped')
         return self.dl.do_batch(items)
 
 def _start_worker(number):
     torch.set_num_threads(1)
-    info = torch.utils.data.get_worker_info()
+    info = get_worker_info()
     set_seed(info.seed)
     info.dataset.dl.wif()
 
+# %% ../nbs/07_features.ipynb #ed83cd8b
 def _read(dl, chunks, workers=True):
-    "An iterator of the batches of these `chunks` of indices; it takes the one random number that any iterator takes"
+    "An iterator of the batches of these indices; it takes the one random number that any iterator takes"
     inner = _within(dl)
     if isinstance(inner, TorchLoader):
         some = copy(inner)
-        vars(some).update(batch_sampler=chunks, **({} if workers else dict(num_workers=0, prefetch_factor=None)))
+        vars(some)['batch_sampler'] = chunks
+        if not workers: vars(some).update(num_workers=0, prefetch_factor=None, timeout=0)
         return iter(some)
     fake = inner.fake_l
+    more = dict(num_workers=fake.num_workers, timeout=fake.timeout) if workers else {}
     loader = TorchLoader(_Batches(inner, chunks), batch_size=None, collate_fn=noop, worker_init_fn=_start_worker,
-                         num_workers=fake.num_workers if workers else 0, pin_memory=fake.pin_memory, timeout=fake.timeout if workers else 0)
+                         pin_memory=fake.pin_memory, **more)
     def finish(b):
         if inner.pin_memory and type(b) is list: b = tuple(b)
         return inner.after_batch(b if dl.device is None else to_device(b, dl.device))
@@ -397,7 +419,7 @@ def _read(dl, chunks, workers=True):
 
 def _draw(dl): torch.empty((), dtype=torch.int64).random_(generator=getattr(dl, 'generator', None))
 
-# %% ../nbs/07_features.ipynb #f181d549
+# %% ../nbs/07_features.ipynb #c2ae87e8
 class _View(DataLoader):
     "`dl`, of which each batch is read, or comes as features; the same indices and random numbers"
     _default = 'dl'
@@ -412,6 +434,7 @@ class _View(DataLoader):
         yield from _serve(self.dl, self.cache, list(chunked(self.get_idxs(), self.dl.bs, self.dl.drop_last)))
         self.dl.after_iter()
 
+# %% ../nbs/07_features.ipynb #d04da80c
 def _serve(dl, cache, chunks):
     data = stream = None
     cache._begin_pass(dl)
@@ -419,7 +442,8 @@ def _serve(dl, cache, chunks):
         now = cache._data(dl) # the body may have changed, or may be frozen no longer
         if k == 0 or now is not data:
             data,plan = now,_plan(now, dl, chunks[k:])
-            with nullcontext() if k == 0 else no_random(): stream = _read(dl, [o for o in plan if o]) if any(plan) else _draw(dl)
+            with nullcontext() if k == 0 else no_random():
+                stream = _read(dl, [o for o in plan if o]) if any(plan) else _draw(dl)
             plan = iter(plan)
         part = next(plan)
         raw = next(stream) if part else None
@@ -431,8 +455,9 @@ def _serve(dl, cache, chunks):
         yield cache._give(dl, data, chunk, part, raw)
     if data:
         data.whole = True
-        data.features.publish()
+        if not isinstance(dl, DistributedDL): data.features.publish()
 
+# %% ../nbs/07_features.ipynb #215f8ece
 def _plan(data, dl, chunks):
     "For each batch the items to be read, each once"
     if data is None: return list(chunks)
@@ -442,11 +467,12 @@ def _plan(data, dl, chunks):
         seen.update(plan[-1])
     return plan
 
-# %% ../nbs/07_features.ipynb #a3b45457
+# %% ../nbs/07_features.ipynb #1ddb6d07
 class _TorchView(TorchLoader):
     "The same for a loader of PyTorch's that does not shuffle: its indices are those of its sampler"
     def __iter__(self): return _serve(self._dl, self._cache, list(self.batch_sampler))
 
+# %% ../nbs/07_features.ipynb #a08eab5d
 class _Stream(GetAttr):
     "The same for any other loader: its items are numbered as they come"
     _default = 'dl'
@@ -466,20 +492,23 @@ class _Stream(GetAttr):
             raw = None if source is None else next(source, None)
             if source is not None and raw is None: return data and data.end()
             if data and k == len(data.order): data.number(cache._split(raw)[0])
-            yield cache._give(dl, data, *((data.order[k], [] if have else data.order[k]) if data else (None, None)), None if have else raw)
+            ids = data and data.order[k]
+            yield cache._give(dl, data, ids, [] if have else ids, None if have else raw)
 
+# %% ../nbs/07_features.ipynb #f6519074
 def _kind(dl):
     "Which view is for `dl`; a `ValueError` if its order can't be known"
     inner = _within(dl)
     if isinstance(inner, DataLoader) and _has_indices(inner): return _View
     shuffles = getattr(inner, 'shuffle', False)
     if isinstance(inner, TorchLoader) and not isinstance(inner.dataset, IterableDataset):
-        if type(inner.sampler) is SequentialSampler and type(inner.batch_sampler) is BatchSampler: return _TorchView
-        shuffles = True
+        shuffles = (type(inner.sampler), type(inner.batch_sampler)) != (SequentialSampler, BatchSampler)
+        if not shuffles: return _TorchView
     if not shuffles: return _Stream
-    raise ValueError(f'`FeatureCache` can\'t know the order of a {type(inner).__module__}.{type(inner).__name__} that shuffles '
-                     'and has no indices to ask for: give its data set to a fastai `DataLoader`')
+    raise ValueError(f'`FeatureCache` can\'t know the order of a {type(inner).__module__}.{type(inner).__name__} '
+                     'that shuffles and has no indices to ask for: give its data set to a fastai `DataLoader`')
 
+# %% ../nbs/07_features.ipynb #bc45e83b
 def _view(dl, cache):
     kind = _kind(dl)
     if kind is not _TorchView: return kind(dl, cache)
@@ -488,13 +517,15 @@ def _view(dl, cache):
     vars(view).update(_dl=dl, _cache=cache)
     return view
 
-def _n_items(dl): return 0 if _kind(dl) is _Stream else len(dl.dataset) if _kind(dl) is _TorchView else _within(dl).n
+def _n_items(dl):
+    kind = _kind(dl)
+    return 0 if kind is _Stream else len(dl.dataset) if kind is _TorchView else _within(dl).n
 
 def _has_indices(dl):
-    own = [o for o in ('sample', 'chunkify', 'create_batches') if o in vars(dl) or getattr(type(dl), o) is not getattr(DataLoader, o)]
-    return dl.indexed and dl.bs and dl.n is not None and not own
+    def own(o): return o in vars(dl) or getattr(type(dl), o) is not getattr(DataLoader, o)
+    return dl.indexed and dl.bs and dl.n is not None and not any(map(own, ('sample', 'chunkify', 'create_batches')))
 
-# %% ../nbs/07_features.ipynb #5c0f6d03
+# %% ../nbs/07_features.ipynb #c6690a27
 class _Data:
     "What is kept of one data set"
     def __init__(self, n=0, file=None):
@@ -522,18 +553,19 @@ class _Data:
         if lacks := store.missing(ids): store.put(lacks, _targets_alone(dl, lacks))
         return store.get(ids)
 
+# %% ../nbs/07_features.ipynb #45731292
 def _targets_alone(dl, ids):
     "The targets of items, without their inputs, where the data set can tell them apart; None where it can't"
     ds,dl_ = getattr(dl, 'dataset', None),_within(dl)
     if isinstance(ds, Datasets): items = [tuple(t[i] for t in ds.tls[ds.n_inp:]) for i in ids]
-    elif type(ds) is TensorDataset: items = [tuple(t[i] for t in ds.tensors[max(1, len(ds.tensors)-1):]) for i in ids]
+    elif type(ds) is TensorDataset: items = [tuple(t[i] for t in ds.tensors[1:][-1:]) for i in ids]
     else: return
     if not items[0]: return ()
     if isinstance(dl_, TorchLoader): return tuple(dl_.collate_fn(items))
     b = dl_.do_batch([dl_.after_item(o) for o in items])
     return tuple(dl_.after_batch(b if dl.device is None else to_device(b, dl.device)))
 
-# %% ../nbs/07_features.ipynb #cfbbcd6b
+# %% ../nbs/07_features.ipynb #c470e283
 def _share(dl, data):
     "What each process has computed since the last pass, for all"
     mine = data and data.fresh and (data.fresh, data.features.get(data.fresh), data.targets_of(dl, data.fresh))
@@ -545,17 +577,19 @@ def _share(dl, data):
         rows = [ids.index(i) for i in new]
         if new: data.put(dl, new, _rows(features, rows), _rows(yb, rows), dl.device)
     data.fresh = []
+    if data.whole and not rank_distrib(): data.features.publish()
 
-# %% ../nbs/07_features.ipynb #075e8c46
+# %% ../nbs/07_features.ipynb #27143950
 class FeatureCache(FitCallback):
     "Compute what the frozen body gives for each item once, and train heads on that"
-    # After `MixedPrecision` (10) and `DistributedTrainer` (11), before `ShortEpochCallback` (12), which shortens the view
+    # `MixedPrecision` (10) has begun to cast, `DistributedTrainer` (11) has wrapped the loader,
+    # and `ShortEpochCallback` (12) has not shortened it
     order = 11.5
     _cut = _batch = _given = _key = None
     _stateattrs = '_cut','_batch','_given','_key','_kept','_prints','_checked','_whole','_in_fit'
 
     def __init__(self,
-        body:nn.Module|Callable=None, # Module whose output is kept, or a function of the model that gives it; None: see rule 2
+        body:nn.Module|Callable=None, # Module whose output is kept, or a function of the model; None finds it (rule 2)
         *,
         views:int=1, # Times that the data is read, 1 or more; the epochs take the views in turn
         path:str|Path=None, # Folder for the features; None keeps them in memory
@@ -566,7 +600,9 @@ class FeatureCache(FitCallback):
         check('path', path, (str, Path, NoneType), 'a path')
         self.body,self.views,self.path,self._kept = body,views,path,{}
 
-    def __getstate__(self): return {k: v for k,v in vars(self).items() if k not in self._stateattrs} | {'_kept': {}} # a copy computes anew
+    def __getstate__(self):
+        "A copy has the arguments, and computes anew"
+        return {k: v for k,v in vars(self).items() if k not in self._stateattrs} | dict(_kept={})
 
     @property
     def nbytes(self): return sum(o.features.nbytes for o in self._kept.values())
@@ -579,7 +615,8 @@ class FeatureCache(FitCallback):
     def end_fit(self):
         if self._cut: self._cut.remove()
         self._cut = self._batch = None
-        if sys.exc_info()[0]: self._kept = {k: o for k,o in self._kept.items() if o.whole} # nothing half is kept
+        if sys.exc_info()[0]: # nothing half is kept
+            self._kept = {k: o for k,o in self._kept.items() if o.whole}
 
     def before_train(self):
         super().before_train()
@@ -590,12 +627,16 @@ class FeatureCache(FitCallback):
         try: self.learn.dl = _view(self.dl, self)
         except ValueError: pass # it is validated whole
 
-# %% ../nbs/07_features.ipynb #7aa01e47
+# %% ../nbs/07_features.ipynb #947c646c
 @patch
 def _split(self:FeatureCache, b):
     "Inputs and targets, as `Learner` splits them"
     n = getattr(self.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
     return b[:n],b[n:]
+
+# %% ../nbs/07_features.ipynb #b583a4d6
+@patch
+def _to(self:FeatureCache, tree): return self.learn._set_device(tree)
 
 @patch
 def _data(self:FeatureCache, dl):
@@ -616,19 +657,20 @@ def _forget(self:FeatureCache, data):
     if data.features.file: _remove(data.features.file.place, os.getpid())
     self._kept = {k: o for k,o in self._kept.items() if o is not data}
 
+# %% ../nbs/07_features.ipynb #159e54b7
 @patch
 def _give(self:FeatureCache, dl, data, ids, part, raw):
     "The batch of the items `ids`, of which `raw` has those that had to be read"
-    if raw is not None: b = self.learn._set_device(raw)
+    if raw is not None: b = self._to(raw)
     else:
         n = getattr(self.dls, 'n_inp', 1)
-        b = self.learn._set_device(((_mark(data.features.get(ids)),)*n + tuple(data.targets_of(dl, ids))))
+        b = self._to(((_mark(data.features.get(ids)),)*n + tuple(data.targets_of(dl, ids))))
     self._batch = SimpleNamespace(dl=dl, data=data, ids=ids, part=part, given=_state(self._split(b)[0]))
     return b
 
 def _state(xb): return [(o.data_ptr(), o._version) for o in _tensors(xb)]
 
-# %% ../nbs/07_features.ipynb #14efabcc
+# %% ../nbs/07_features.ipynb #73ec5319
 @patch
 def before_batch(self:FeatureCache):
     if self._looking or not self._batch: return
@@ -639,16 +681,17 @@ def before_batch(self:FeatureCache):
     features,yb = None,self.learn.yb
     if part:
         is_new = data.features.missing(part)
-        features = self._cut.body(self.learn.xb) if is_new else self.learn._set_device(data.features.get(part))
+        features = self._cut.body(self.learn.xb) if is_new else self._to(data.features.get(part))
         if is_new and not self._check(batch, features): return
-        data.put(batch.dl, part, features, yb, self.learn._set_device(torch.empty(0)).device)
+        data.put(batch.dl, part, features, yb, self._to(torch.empty(0)).device)
         self._say(data)
-        if not whole: features,yb = self.learn._set_device((data.features.get(batch.ids), data.targets_of(batch.dl, batch.ids)))
+        if not whole: features,yb = self._to((data.features.get(batch.ids), data.targets_of(batch.dl, batch.ids)))
     self._cut.kinds = data.features.kinds
     self.learn.xb = (_mark(features if part else self.learn.xb[0]),)
     if part and not whole: self.learn.yb = yb
     self._given = _state(self.learn.xb)
 
+# %% ../nbs/07_features.ipynb #6dfb2ce4
 @patch
 def after_pred(self:FeatureCache):
     "Did a later callback give the body another batch?"
@@ -664,7 +707,7 @@ def _say(self:FeatureCache, data):
     print(f'FeatureCache keeps what {self._cut} gives: {shape} for each of {data.features.n:,} items, '
           f'{data.features.nbytes/1e6:,.1f} MB {f"in {self.path}" if self.path else f"on {leaves[0].device}"}')
 
-# %% ../nbs/07_features.ipynb #5385f59d
+# %% ../nbs/07_features.ipynb #6b6675ee
 def _close(a, b):
     "Equal but for rounding: to half of the digits that the type has"
     a,b = tree_leaves(a),tree_leaves(b)
@@ -675,24 +718,25 @@ def _leaves_close(a, b):
     a,b = (o.detach().as_subclass(torch.Tensor) for o in (a, b))
     if a.shape != b.shape or a.dtype != b.dtype: return False
     if not a.is_floating_point() or not a.numel(): return torch.equal(a, b)
-    return torch.allclose(a, b, rtol=0, atol=torch.finfo(a.dtype).eps**.5*b.abs().nan_to_num().max().item(), equal_nan=True)
+    digits = torch.finfo(a.dtype).eps**.5
+    return torch.allclose(a, b, rtol=0, atol=digits*b.abs().nan_to_num().max().item(), equal_nan=True)
 
 def _rows(tree, ids): return tree_map(lambda o: o[ids] if isinstance(o, torch.Tensor) else o, tree)
 
-# %% ../nbs/07_features.ipynb #c05234ee
+# %% ../nbs/07_features.ipynb #964d68b5
 @patch
 def _check(self:FeatureCache, batch, features):
-    "The first batch of a fit: read again, and computed in both ways; in validation, what is not so is validated whole"
+    "Read the first batch again, and compute it both ways. Validation that differs each time runs whole"
     data,dl,xb = batch.data,batch.dl,self.learn.xb
     if id(data) in self._checked: return True
     try:
         n = len(_tensors(xb)[0])
         if any(len(o) != n for o in _tensors(features)) or not _tensors(features): raise ValueError(
-            f'`FeatureCache`: {self._cut} does not give a row for each item, but {_shapes(features)} for {n} items')
+            f'`FeatureCache`: {self._cut} gives {_shapes(features)} for {n} items, not a row for each')
         back = list(range(n-2, -1, -1)) or [0] # another order, and another size
         with no_random():
             if self.views == 1 or not self.training:
-                again = self._split(self.learn._set_device(self._read_again(dl, [batch.part[i] for i in back], len(back))))[0]
+                again = self._split(self._to(self._read_again(dl, [batch.part[i] for i in back])))[0]
                 if not _close(again, _rows(xb, back)): raise ValueError(_random_data(dl))
             self._check_body(xb, features, back)
             self._check_rest(xb, features)
@@ -703,10 +747,12 @@ def _check(self:FeatureCache, batch, features):
     self._checked.add(id(data))
     return True
 
+# %% ../nbs/07_features.ipynb #82984ab4
 @patch
 def _check_body(self:FeatureCache, xb, features, back):
-    "Does the body give the same for an item in another batch? Whatever watches the body has then seen another one"
-    if not _close(self._cut.body(_rows(xb, back)), _rows(features, back)): raise ValueError(_random_body(self._cut, xb, back))
+    "Does the body give the same for an item in another batch? What watches the body has then seen another one"
+    again = self._cut.body(_rows(xb, back))
+    if not _close(again, _rows(features, back)): raise ValueError(_random_body(self._cut, xb, back))
 
 @patch
 def _check_rest(self:FeatureCache, xb, features):
@@ -716,9 +762,9 @@ def _check_rest(self:FeatureCache, xb, features):
     try: out = cut.whole((_mark(features),))
     except Exception as e: raise ValueError(f'`FeatureCache`: {why} {cut}: {e}') from e
     if not _close(cut.whole(xb), out): raise ValueError(
-        f'`FeatureCache`: {why} {cut}, or the input is changed before it. Cut the model somewhere else, with `body`')
+        f'`FeatureCache`: {why} {cut}, or the input is changed before it. Cut the model elsewhere, with `body`')
 
-# %% ../nbs/07_features.ipynb #9b9e5ea4
+# %% ../nbs/07_features.ipynb #7a86c203
 @patch
 def _begin_pass(self:FeatureCache, dl):
     "What was kept before is looked at again: some items at a fit's first pass, one at each other"
@@ -730,11 +776,11 @@ def _begin_pass(self:FeatureCache, dl):
     ids,x = data.witness or ([i for i,o in enumerate(data.features.known) if o][:16], None)
     ids = ids[:max(2, sum(data.features.known)//64) if new else 2 if first else 1]
     with no_random(), self._autocast():
-        xb,yb = self._split(self.learn._set_device(self._read_again(dl, ids, len(ids))))
+        xb,yb = self._split(self._to(self._read_again(dl, ids)))
         if same and x is not None and not _close(xb, _rows(x, slice(len(ids)))): return self._forget(data)
         if same: self._look_at_targets(data, dl, ids, yb)
         if not first: return
-        features = self.learn._set_device(data.features.get(ids)) if same else self._cut.body(xb)
+        features = self._to(data.features.get(ids)) if same else self._cut.body(xb)
         try: self._check_rest(xb, features)
         except ValueError:
             if same and not _close(self._cut.body(xb), features): return self._forget(data)
@@ -743,16 +789,18 @@ def _begin_pass(self:FeatureCache, dl):
     data.witness = data.witness or (ids, tree_map(torch.clone, xb))
     self._checked.add(id(data))
 
+# %% ../nbs/07_features.ipynb #dc704d9b
 @patch
 def _look_at_targets(self:FeatureCache, data, dl, ids, yb):
     store,inner = data.of(dl),_within(dl)
     if not store.missing(ids):
-        if not _close(tuple(yb), self.learn._set_device(store.get(ids))): del data.targets[id(inner)]
+        if not _close(tuple(yb), self._to(store.get(ids))): del data.targets[id(inner)]
     elif not store.leaves:
-        with suppress(Exception): data.alone[id(inner)] = _close(tuple(yb), self.learn._set_device(_targets_alone(dl, ids)))
+        with suppress(Exception): # targets that can't be had alone come with their inputs
+            data.alone[id(inner)] = _close(tuple(yb), self._to(_targets_alone(dl, ids)))
 
 @patch
-def _read_again(self:FeatureCache, dl, ids, n):
+def _read_again(self:FeatureCache, dl, ids):
     if _kind(dl) is _Stream:
         rng = getattr(dl, 'rng', None)
         try: return _rows(next(iter(dl)), ids)
@@ -760,27 +808,32 @@ def _read_again(self:FeatureCache, dl, ids, n):
             if rng: dl.rng = rng
     return next(_read(dl, [ids], workers=False))
 
+# %% ../nbs/07_features.ipynb #d1460815
 @patch
 def _autocast(self:FeatureCache):
     return next((cb.autocast for cb in self.learn.cbs if isinstance(cb, MixedPrecision)), nullcontext())
 
-# %% ../nbs/07_features.ipynb #0caad70c
+# %% ../nbs/07_features.ipynb #e9e9c502
 def _shapes(tree): return ' and '.join(str(tuple(o.shape)) for o in _tensors(tree)) or 'no tensor'
 
 def _mixes(learn):
-    some = [cb.name for cb in learn.cbs if isinstance(cb, MixHandler)] or [
-        cb.name for cb in learn.cbs if hasattr(type(cb), 'before_batch') and type(cb).__module__.partition('.')[0] not in ('fastai', 'fastcb_training')]
-    return (f'`FeatureCache`: a callback has changed the batch before the body: {", ".join(some) or "which one is not known"}. '
-            'What it makes is different each time: take it out, or do without the cache')
+    "Which callback is it that changes the batch?"
+    def is_users(cb): return type(cb).__module__.partition('.')[0] not in ('fastai', 'fastcb_training')
+    cbs = [cb for cb in learn.cbs if hasattr(type(cb), 'before_batch')]
+    some = [cb.name for cb in cbs if isinstance(cb, MixHandler)] or [cb.name for cb in cbs if is_users(cb)]
+    return (f'`FeatureCache`: a callback has changed the batch before the body: {", ".join(some) or "which is not known"}. '
+            'What it makes is another each time: take it out, or do without the cache')
 
 def _random_data(dl):
     found = [t for t in _transforms(_within(dl)) if isinstance(t, RandTransform) or hasattr(t, 'before_call')]
-    names = ', '.join(dict.fromkeys(type(t).__name__ for t in found)) or f'the data set, a {type(dl.dataset).__name__}'
+    names = ', '.join(dict.fromkeys(type(t).__name__ for t in found))
+    if not names: names = f'the data set, a {type(getattr(dl, "dataset", dl)).__name__}'
     crops = ' `Resize` crops at random in training: `Resize(size, method=\'squish\')` does not.' if any(
         isinstance(t, Resize) for t in found) else ''
     return (f'`FeatureCache`: the data is read differently each time, by {names}.{crops} '
             'Leave out what is random, or keep several readings with `views`')
 
+# %% ../nbs/07_features.ipynb #cd7ab7db
 def _transforms(dl):
     "The transforms of a loader and of its data set"
     pipes = [getattr(dl, o, None) for o in ('after_item', 'before_batch', 'after_batch')]
@@ -797,5 +850,6 @@ def _random_body(cut, xb, back):
         finally:
             for o in hooks: o.remove()
     layer = next((m for m in seen[0] if not _close(_rows(seen[0][m], back), seen[1].get(m))), cut.units[0])
-    return (f'`FeatureCache`: layer `{names[layer]}` ({type(layer).__name__}) of the body gives something else for the same items, '
-            'even in eval mode: it is random, or depends on the other items of the batch. Cut the model before it, with `body`')
+    return (f'`FeatureCache`: layer `{names[layer]}` ({type(layer).__name__}) of the body gives something else for '
+            'the same items, even in eval mode: it is random, or depends on the other items of the batch. '
+            'Cut the model before it, with `body`')
