@@ -10,6 +10,7 @@ Modules:
 - `fastcb_training.bnfreeze`: Several heads, one frozen body: hold its batchnorm statistics, to the last bit
 - `fastcb_training.clip`: My loss turns NaN: clip the norm of the whole gradient, keep what was measured, skip what is not finite
 - `fastcb_training.data`: Real handwritten digits as an image folder, without a download
+- `fastcb_training.features`: What never changes is computed once: train heads on the features of a frozen body
 - `fastcb_training.shortepoch`: Will my run finish? Fit a part of each epoch, with everything that a whole epoch has"""
 
 __version__ = "0.0.1"
