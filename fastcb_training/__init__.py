@@ -10,6 +10,7 @@ Modules:
 - `fastcb_training.bnfreeze`: Several heads, one frozen body: batchnorm statistics, weights and all, held to the last bit
 - `fastcb_training.clip`: My loss explodes or turns NaN: clip the norm of the whole gradient, see the norm of every step, skip what is not finite
 - `fastcb_training.data`: Real handwritten digits as an image folder, without a download
+- `fastcb_training.features`: What never changes is computed once: train heads on the features of a frozen body
 - `fastcb_training.microbatch`: CUDA out of memory: keep the batch you want, and send as much of it at once through the model as fits
 - `fastcb_training.resume`: Will my run finish? When the machine is taken away, the same call goes on where the fit was cut off, bit for bit
 - `fastcb_training.shortepoch`: Will my run finish? Fit a part of each epoch, with everything that a whole epoch has"""

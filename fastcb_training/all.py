@@ -5,3 +5,4 @@ from .accumulation import *
 from .clip import *
 from .microbatch import *
 from .bnfreeze import *
+from .features import *

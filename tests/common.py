@@ -12,6 +12,7 @@ import fastai.callback.training as fastai_training
 from fastcb_training.bnfreeze import BnFreeze
 from fastcb_training.accumulation import GradientAccumulation
 from fastcb_training.clip import GradientClip
+from fastcb_training.features import FeatureCache
 from fastcb_training.microbatch import MicroBatch
 from fastcb_training.shortepoch import ShortEpochCallback
 
@@ -117,8 +118,9 @@ def frozen_learner(cbs=None, dls=None, **kwargs):
 ours = dict(
     short=lambda: [ShortEpochCallback(n_batches=4, resume=True)],
     accumulation=lambda: [GradientAccumulation(8, flush=True)],
-    clip=lambda: [GradientClip(.1)], bnfreeze=lambda: [BnFreeze()], micro=lambda: [MicroBatch(3)])
-ours['all'] = lambda: [cb for k,f in ours.items() if k != 'all' for cb in f()]
+    clip=lambda: [GradientClip(.1)], bnfreeze=lambda: [BnFreeze()], micro=lambda: [MicroBatch(3)],
+    features=lambda: [FeatureCache()])
+ours['all'] = lambda: [cb for k,f in ours.items() if k not in ('features', 'all') for cb in f()]
 
 
 def start_over(learn, probe, zero=True):

@@ -44,6 +44,10 @@ refusals = {
         'part': {TypeError: [True, 0, 3, nan, '', 'body', [], [len], {}], ValueError: [nn.ReLU()]},
         'events': {TypeError: [dict(before_fti=len), dict(fit=len), dict(after_lunch=None), dict(order=len), dict(learn=len),
                                *(dict(before_fit=o) for o in (None, True, 0, 3, nan, inf, '', 'len', [], [len], {}))]}},
+    'FeatureCache': {
+        'body': {TypeError: [True, 0, 3, nan, inf, '', 'model', [], [nn.ReLU()], {}]},
+        'views': {ValueError: [0, -1, int64(0)], TypeError: [None, *no_counts]},
+        'path': {TypeError: [True, 0, 3, nan, inf, b'kept', [], ['kept'], {}]}},
     'set_bn_eval': {
         'm': no_modules,
         'use_eval': no_bools,

@@ -1,0 +1,433 @@
+"""FeatureCache against the fit without it, whose frozen body a small callback holds in eval mode whole
+
+Run as a script by several processes, it is what each of them does."""
+import gc, math, os, subprocess, sys, time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import given, strategies as st
+from torch.utils.data import Dataset, IterableDataset, DataLoader as TorchLoader
+
+from common import *
+from fastcb_training.features import FeatureCache
+import fastcb_training.features as features
+
+HERE = Path(__file__).parent
+
+
+class Held(Callback):
+    "The twin: each frozen part of the model is in eval mode whole, and what is frozen has no gradient"
+    order = math.inf
+    def before_batch(self):
+        if not self.training: return
+        model = getattr(self.learn.model, 'module', self.learn.model)
+        for m in model.modules():
+            ps = list(m.parameters())
+            if ps and not any(p.requires_grad for p in ps):
+                m.eval()
+                for p in ps: p.grad = None
+
+class Body(nn.Sequential):
+    "A body that counts the items that it has computed"
+    n = 0
+    def forward(self, x):
+        Body.n += len(x)
+        return super().forward(x)
+
+def net(seed=0, wide=4, inplace=True):
+    torch.manual_seed(seed)
+    body = Body(nn.Linear(3, wide), nn.BatchNorm1d(wide), nn.Sequential(nn.Dropout(.5), nn.Linear(wide, 5))).requires_grad_(False)
+    body[1].running_mean.normal_()
+    return nn.Sequential(body, nn.ReLU(inplace=inplace), nn.Sequential(nn.Dropout(.3), nn.LayerNorm(5), nn.Linear(5, 1)))
+
+def data(n=40, bs=8, n_valid=14, seed=0, view=DataLoader, **kwargs):
+    g = torch.Generator().manual_seed(seed)
+    def ds(n): return TensorDataset(torch.randn(n, 3, generator=g), torch.randn(n, 1, generator=g))
+    random.seed(seed)
+    return DataLoaders(view(ds(n), **{'batch_size': bs}, **kwargs), view(ds(n_valid), batch_size=bs), device='cpu')
+
+def learner(dls=None, model=None, cbs=(), **kwargs):
+    return linear_learner(dls or data(), model or net(), cbs=[*L(cbs), Probe()], metrics=[mae, rmse], train_bn=False, **kwargs)
+
+def fit(learn, cbs=(), n_epoch=3, how='fit', lr=.05):
+    "What a fit leaves, but for the inputs that a Probe sees"
+    torch.manual_seed(1)
+    np.random.seed(1)
+    random.seed(1)
+    Body.n = 0
+    getattr(learn, how)(n_epoch, lr, cbs=cbs)
+    left = left_by(learn, learn.probe)
+    learn.probe.__init__()
+    return left | dict(xs=None, valid_xs=None, random=(torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())))
+
+exact = 'header', 'lrs', 'iters', 'stats', 'modes', 'events', 'random', 'hps', 'pct_train'
+rounded = 'rows', 'losses', 'weights', 'grads'
+
+def assert_close(left, expected, case=''):
+    "Equal where rounding has no part, else to 1e-5"
+    assert_same({k: left[k] for k in exact}, {k: expected[k] for k in exact}, case)
+    for k in rounded: np.testing.assert_allclose(np.array(left[k], dtype=float), np.array(expected[k], dtype=float),
+                                                 rtol=1e-5, atol=1e-5, err_msg=f'{k} {case}')
+
+def is_clean(learn, dls, loaders):
+    assert learn.dls is dls and all(map(operator.is_, dls.loaders, loaders)) and learn.dl is None
+    assert not any('forward' in vars(m) for m in learn.model.modules())
+
+
+# Equal to the fit without it
+
+@st.composite
+def configurations(draw):
+    bs = draw(st.sampled_from([1, 3, 8, 50]))
+    shuffle = draw(st.booleans())
+    drop = draw(st.booleans())
+    return dict(dls=dict(n=draw(st.integers(max(5, bs if drop else 0), 40 if bs < 50 else 60)), bs=bs, shuffle=shuffle, drop_last=drop,
+                         n_valid=draw(st.integers(1, 20)), num_workers=draw(st.sampled_from([0]*9+[2]))),
+                n_epoch=draw(st.integers(1, 4)), how=draw(st.sampled_from(['fit', 'fit_one_cycle', 'fit_flat_cos', 'fine_tune'])),
+                wide=draw(st.integers(1, 6)), cut=draw(st.sampled_from([None, lambda m: m[0]])), views=draw(st.integers(1, 3)))
+
+@examples(40)
+@given(configurations())
+def test_equal_to_the_fit_without_it(case):
+    got,expected = [fit(learn := learner(data(**case['dls']), net(wide=case['wide'])), cb, case['n_epoch'], case['how'])
+                    for cb in (FeatureCache(case['cut'], views=case['views']), Held())]
+    assert_close(got, expected)
+
+def test_bit_for_bit_where_batches_do_not_matter():
+    "All batches are of one size: then the body's output is the same in each"
+    assert_same(fit(learner(), FeatureCache()), fit(learner(), Held()))
+
+@pytest.mark.parametrize('kind', ['in_order', 'batches', 'stream', 'uneven'])
+def test_loaders_without_indices(kind):
+    "PyTorch's in order, a list of batches, a stream, and a stream of uneven batches"
+    class Stream(IterableDataset):
+        def __init__(self, ds): self.ds = ds
+        def __iter__(self): return iter([tuple(o) for o in self.ds])
+    def dls():
+        if kind == 'in_order': return data(view=TorchLoader)
+        two = data()
+        if kind == 'stream': return DataLoaders(*(TorchLoader(Stream(dl.dataset), batch_size=8) for dl in two), device='cpu')
+        sizes = [8]*5 if kind == 'batches' else [3, 9, 1, 20, 7]
+        def batches(ds, sizes): return [b for b in zip(*(o.split(sizes) for o in ds.tensors))]
+        class Batches(list):
+            dataset = property(lambda self: self)
+        return DataLoaders(Batches(batches(two.train_ds, sizes)), Batches(batches(two.valid_ds, [14])), device='cpu')
+    def run(cb):
+        learn = learner(dls())
+        if kind == 'stream': TorchLoader.__len__,old = (lambda self: 5 if len(self.dataset.ds) == 40 else 2),TorchLoader.__len__
+        try: return fit(learn, cb),Body.n
+        finally:
+            if kind == 'stream': TorchLoader.__len__ = old
+    (got,n),(expected,_) = run(cb := FeatureCache()),run(Held())
+    assert_close(got, expected)
+    assert n < 40*3+14*3 and cb.nbytes >= 54*5*4
+
+@pytest.mark.parametrize('kwargs', [dict(shuffle=True), dict(sampler=torch.utils.data.WeightedRandomSampler([1.]*40, 40))])
+def test_a_loader_that_shuffles_without_indices(kwargs):
+    dls = DataLoaders(TorchLoader(data().train_ds, 8, **kwargs), data().valid, device='cpu')
+    with pytest.raises(ValueError, match='shuffles'): learner(dls).fit(1, cbs=FeatureCache)
+
+
+# With what stands beside it
+
+def in_training(exc):
+    def _inner(cb):
+        if cb.training: raise exc()
+    return _inner
+
+beside = dict(
+    accumulation=lambda: [GradientAccumulation(20)], clip=lambda: [GradientClip(.1)], bnfreeze=lambda: [BnFreeze()],
+    short=lambda: [ShortEpochCallback(.5)], going_on=lambda: [ShortEpochCallback(n_batches=2, resume=True)],
+    bf16=lambda: [CpuMixedPrecision('bf16', init_scale=1.)], tracker=lambda: [EarlyStoppingCallback(patience=1)],
+    preds=lambda: [At('after_batch', lambda cb: cb.learn.get_preds(inner=True), it=2)],
+    cancels=lambda: [At('before_batch', in_training(CancelBatchException), it=1, ep=0, order=11.4)],
+    cancels_later=lambda: [At('after_pred', in_training(CancelBatchException), it=1, ep=0)])
+
+@pytest.mark.parametrize('shuffle', [True, False])
+@pytest.mark.parametrize('name', beside)
+@pytest.mark.parametrize('before', [True, False])
+def test_beside_others(name, shuffle, before, tmp_path):
+    "With `shuffle`, an epoch meets items that the one before has dropped, among others that are known"
+    dls = partial(data, n=46, shuffle=shuffle, drop_last=shuffle)
+    def cbs(cb): return [cb, *beside[name]()] if before else [*beside[name](), cb]
+    (got,n),(expected,_) = [(fit(learner(dls(), path=tmp_path), cbs(cb)), Body.n) for cb in (FeatureCache(), Held())]
+    if name == 'bf16': got,expected = ({k: o for k,o in d.items() if k not in rounded} | {k: [0.] for k in rounded} for d in (got, expected))
+    assert_close(got, expected, name)
+
+def test_a_smoke_test_computes_only_what_it_needs():
+    fit(learner(data(n=400)), [cb := FeatureCache(), ShortEpochCallback(n_batches=2)], n_epoch=1)
+    once = 2*8+2*8 # the batches that are trained and validated
+    assert Body.n <= 4*once
+
+def test_train_metrics(): 
+    def run(cb):
+        learn = learner()
+        learn.recorder.train_metrics = True
+        return fit(learn, cb)
+    assert_same(run(FeatureCache()), run(Held()))
+
+
+# The body runs once
+
+def test_the_body_runs_once_over_the_data():
+    "And a second fit, and a second head, look at some items only"
+    cb,dls = FeatureCache(),data(n=400, shuffle=True, n_valid=100)
+    counts = []
+    for learn in (learn := learner(dls)),learn,learner(dls),learner(data(n=400, shuffle=True, n_valid=100)):
+        fit(learn, cb, n_epoch=3)
+        counts.append(Body.n)
+    assert 500 <= counts[0] <= 500 + 2*3*8 and max(counts[1:]) <= 30
+
+def test_another_head_may_have_other_targets():
+    dls,other,cb = data(shuffle=True),data(shuffle=True),FeatureCache()
+    other.train_ds.tensors = other.train_ds.tensors[0],-3*other.train_ds.tensors[1]
+    fit(learner(dls), cb)
+    got,n = fit(learner(other), cb),Body.n
+    assert n <= 20
+    other.rng = None
+    again = data(shuffle=True)
+    again.train_ds.tensors = other.train_ds.tensors
+    assert_same(got, fit(learner(again), Held()))
+
+# What has changed is computed anew
+
+def times(o, by): return lambda cb: o(cb).data.mul_(by)
+changes = dict(
+    weight=lambda cb: cb.learn.model[0][0].weight.data.mul_(1.1), mean=lambda cb: cb.learn.model[0][1].running_mean.add_(.1),
+    loaded=lambda cb: cb.learn.model[0].load_state_dict(net(seed=7)[0].state_dict()),
+    layer=lambda cb: cb.learn.model[0].__setitem__(2, nn.Sequential(nn.Linear(4, 5).requires_grad_(False))),
+    eps=lambda cb: setattr(cb.learn.model[0][1], 'eps', .5),
+    inputs=lambda cb: cb.dls.train_ds.tensors[0].mul_(1.5), targets=lambda cb: cb.dls.train_ds.tensors[1].mul_(-2),
+    valid=lambda cb: cb.dls.valid_ds.tensors[1].mul_(-2), order=lambda cb: setattr(cb.dls.train.dataset, 'tensors', tuple(
+        o.flip(0) for o in cb.dls.train_ds.tensors)))
+
+@pytest.mark.parametrize('name', changes)
+def test_what_changes_between_fits(name):
+    def run(make):
+        learn,cb = learner(),make()
+        fit(learn, cb)
+        torch.manual_seed(3)
+        with learn.added_cbs(At('after_fit', noop)): changes[name](learn.cbs[0])
+        return fit(learn, cb)
+    assert_close(run(FeatureCache), run(Held), name)
+
+@pytest.mark.parametrize('event', ['before_epoch', 'after_batch'])
+@pytest.mark.parametrize('name', ['mean', 'loaded', 'inputs', 'targets', 'valid', 'order'])
+def test_what_changes_in_a_fit(name, event):
+    "The data from one epoch to the next, the body at any moment"
+    if event == 'after_batch' and name not in ('mean', 'loaded'): return
+    def run(cb): return fit(learner(), [cb, At(event, changes[name], it=2 if event == 'after_batch' else None, ep=1)])
+    assert_close(run(FeatureCache()), run(Held()), name)
+
+def test_targets_that_are_others_in_each_epoch():
+    def run(cb): return fit(learner(data(shuffle=True)), [cb, At('before_epoch', changes['targets'])])
+    assert_close(run(FeatureCache()), run(Held()))
+
+@pytest.mark.parametrize('event', ['before_epoch', 'after_batch'])
+def test_a_body_that_is_unfrozen_in_a_fit(event):
+    def unfreeze(cb):
+        cb.learn.unfreeze()
+        cb.learn.opt.set_hypers(lr=.01)
+    def run(cb): return fit(learner(), [cb, At(event, unfreeze, it=2 if event == 'after_batch' else None, ep=1)])
+    assert_close(run(FeatureCache()), run(Held()))
+
+
+# What it refuses: the error names what it is, and the Learner is as before
+
+class Noise(nn.Module):
+    def forward(self, x): return x + torch.randn_like(x)
+class Always(nn.Module):
+    def forward(self, x): return F.dropout(x, .5)
+class Skips(nn.Module):
+    def __init__(self, more): 
+        super().__init__()
+        self.body,self.head,self.more = nn.Linear(3, 3).requires_grad_(False),nn.Linear(3, 1),more
+    def forward(self, x):
+        f = self.body(x)
+        return self.head(f + x if self.more == 'input' else f*self.seen if self.more == 'attribute' else f)
+class Scaled(Skips):
+    def forward(self, x): return self.head(self.body(x/2))
+class Noted(nn.Linear):
+    def forward(self, x):
+        self.noted = super().forward(x)
+        return self.noted
+class ByNote(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner,self.last,self.head = Noted(3, 3).requires_grad_(False),nn.Linear(3, 3).requires_grad_(False),nn.Linear(3, 1)
+        self.body = nn.Sequential(self.inner, self.last)
+    def forward(self, x): return self.head(self.body(x)*self.inner.noted)
+
+def sequential(*body): return nn.Sequential(nn.Sequential(nn.Linear(3, 4), *body).requires_grad_(False), nn.Linear(4, 1))
+def hooked():
+    model = sequential(nn.Linear(4, 4))
+    model[0][1].register_forward_hook(noop)
+    return model
+def half_frozen():
+    model = sequential(nn.BatchNorm1d(4), nn.Linear(4, 4))
+    model[0][1].requires_grad_(True)
+    return model
+class Random(Dataset):
+    def __len__(self): return 20
+    def __getitem__(self, i): return torch.full((3,), i)+.01*torch.randn(3),torch.ones(1)
+class Add(Callback):
+    order = 30
+    def before_batch(self): self.learn.xb = (self.x*2,)
+class AddInPlace(Callback):
+    def before_batch(self): self.learn.xb[0].add_(1)
+
+by_body = dict(body=lambda m: m.body)
+first = dict(body=lambda m: m[0])
+refused = dict(
+    nothing_frozen=(lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)), {}, 'nothing is frozen.*learn.freeze'),
+    no_front=(lambda: Skips(''), {}, 'no frozen body.*Skips.*body=lambda'),
+    batchnorm_trains=(half_frozen, {}, r'`0.1` \(BatchNorm1d\) trains.*train_bn=False'),
+    batchnorm_trains_given=(half_frozen, first, r'`0.1` \(BatchNorm1d\) trains.*train_bn=False'),
+    trains=(lambda: nn.Sequential(nn.Sequential(nn.Linear(3, 4).requires_grad_(False), nn.Linear(4, 4)), nn.Linear(4, 1)), first,
+            '`0.1.weight` trains'),
+    noise=(lambda: sequential(Noise()), {}, r'`0.1` \(Noise\)'), always=(lambda: sequential(Always()), {}, r'`0.1` \(Always\)'),
+    batch=(lambda: sequential(nn.BatchNorm1d(4, track_running_stats=False)), {}, r'`0.1` \(BatchNorm1d\).*other items'),
+    hook=(hooked, {}, '`0.1` of the body has a forward hook'),
+    memory=(lambda: sequential(type('Memory', (nn.Identity,), dict(reset=noop))()), {}, r'`0.1` \(Memory\) remembers'),
+    skip=(lambda: Skips('input'), by_body, 'wants more'), attribute=(ByNote, by_body, 'wants more'), scaled=(Scaled, by_body, 'changed before'),
+    not_in_model=(lambda: sequential(), dict(body=nn.Linear(3, 3)), 'a module of the model'))
+
+@pytest.mark.parametrize('name', refused)
+def test_models_that_are_refused(name):
+    make,kwargs,words = refused[name]
+    if name == 'scaled': make = lambda: Scaled('')
+    learn = learner(model=make())
+    dls,loaders,before = learn.dls,list(learn.dls),weights(learn.model)
+    with pytest.raises(ValueError, match=words): learn.fit(1, cbs=FeatureCache(**kwargs))
+    learn.dl = None # as fastai leaves it after an error
+    is_clean(learn, dls, loaders)
+    assert torch.equal(before, weights(learn.model))
+
+refused_others = dict(mixup=(MixUp, 'mix_up'), replaced=(Add, 'add'), in_place=(AddInPlace, 'add_in_place'))
+
+@pytest.mark.parametrize('second', [True, False])
+@pytest.mark.parametrize('name', refused_others)
+def test_callbacks_that_are_refused(name, second):
+    "In the first fit, and in one that has its features already"
+    cb,(other,words) = FeatureCache(),refused_others[name]
+    learn = learner()
+    if second: learn.fit(1, cbs=cb)
+    with pytest.raises(ValueError, match=f'changed the batch.*{words}'): learn.fit(1, cbs=[cb, other()])
+
+def test_data_that_is_refused():
+    dls = DataLoaders(DataLoader(Random(), bs=8), DataLoader(Random(), bs=8), device='cpu')
+    with pytest.raises(ValueError, match='read differently each time, by the data set, a Random.*views'): learner(dls).fit(1, cbs=FeatureCache)
+
+def test_random_validation_is_whole():
+    "In validation there is nothing to refuse: it is as without the cache"
+    def run(cb): return fit(learner(DataLoaders(data().train, DataLoader(Random(), bs=8), device='cpu')), cb)
+    assert_close(run(FeatureCache()), run(Held()))
+
+def test_as_many_views_as_epochs_is_the_usual_training():
+    def run(cb): return fit(learner(DataLoaders(DataLoader(Random(), bs=5, shuffle=True), data().valid, device='cpu')), cb, n_epoch=2)
+    def same(cb): return run(cb) if random.seed(0) is None else None
+    got,expected = same(FeatureCache(views=2)),same(Held())
+    assert_same(got, expected)
+
+
+# Interrupts and errors
+
+@pytest.mark.parametrize('exc', [KeyboardInterrupt(), ValueError('broken'), CancelFitException()])
+@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_backward', 'after_batch', 'before_validate'])
+@pytest.mark.parametrize('on_disk', [True, False])
+def test_nothing_half_is_kept(exc, event, on_disk, tmp_path):
+    cb,learn = FeatureCache(path=tmp_path/'kept' if on_disk else None),learner()
+    dls,loaders = learn.dls,list(learn.dls)
+    fault = At(event, stop(exc), it=None if event == 'before_validate' else 3, ep=0)
+    try: learn.fit(2, .05, cbs=[cb, fault])
+    except (KeyboardInterrupt, ValueError): learn.dl = None
+    is_clean(learn, dls, loaders)
+    if not isinstance(exc, CancelFitException) and event != 'before_validate': assert not cb.nbytes
+    if on_disk and event != 'before_validate' and not isinstance(exc, CancelFitException):
+        gc.collect()
+        assert not [*(tmp_path/'kept').iterdir()]
+    learn.model.load_state_dict(net().state_dict())
+    learn.model.zero_grad() # fastai leaves some
+    learn.probe.__init__()
+    learn.opt = None
+    assert_same(fit(learn, cb), fit(learner(), Held()))
+
+
+# On disk
+
+def files(path): return sorted(o.name for o in path.iterdir())
+
+def test_features_on_disk_are_found_again(tmp_path):
+    expected = fit(learner(), FeatureCache())
+    for n in 54, 0, 0:
+        assert_same(fit(learner(), FeatureCache(path=tmp_path/'new'/'kept')), expected)
+        assert n <= Body.n <= n+40
+    assert len(files(tmp_path/'new'/'kept')) == 2
+    fit(learner(model=net(seed=3)), FeatureCache(path=tmp_path/'new'/'kept'))
+    assert Body.n >= 54 and len(files(tmp_path/'new'/'kept')) == 4
+
+@pytest.mark.parametrize('spoil', [lambda o: o.write_bytes(b'junk'), lambda o: o.write_bytes(o.read_bytes()[:-9]), lambda o: o.write_bytes(b''),
+                                   lambda o: o.write_bytes(bytes(64)+o.read_bytes()[64:])], ids=['junk', 'cut', 'empty', 'other numbers'])
+def test_spoiled_files_are_written_anew(spoil, tmp_path):
+    expected = fit(learner(), FeatureCache(path=tmp_path))
+    for o in tmp_path.iterdir(): spoil(o)
+    for _ in range(2): assert_same(fit(learner(), FeatureCache(path=tmp_path)), expected)
+    assert Body.n <= 40
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    def full(*args): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(os, 'posix_fallocate', full)
+    learn = learner()
+    with pytest.raises(OSError, match='MB.*No space left on device.*another `path`'): learn.fit(1, cbs=FeatureCache(path=tmp_path))
+    assert not [*tmp_path.iterdir()]
+    learn.dl = None
+    learn.probe.__init__()
+    learn.opt = None
+    assert_same(fit(learn, FeatureCache()), fit(learner(), Held()))
+
+def test_a_path_that_is_a_file(tmp_path):
+    (tmp_path/'file').write_text('mine')
+    with pytest.raises(OSError, match='can.t keep'): learner().fit(1, cbs=FeatureCache(path=tmp_path/'file'))
+    assert (tmp_path/'file').read_text() == 'mine'
+
+def test_two_processes_that_write_one_path(tmp_path):
+    "Both are right, both files are whole, and nothing is left beside them"
+    script = f"import sys; sys.path.insert(0, {str(HERE)!r}); from test_features import *; print(fit(learner(), FeatureCache(path={str(tmp_path)!r}))['weights'])"
+    env = os.environ|{'OMP_NUM_THREADS': '1'}
+    both = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', script], env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    expected = fit(learner(), Held())['weights']
+    assert [o.communicate(timeout=120)[0].strip() for o in both] == [str(expected)]*2
+    assert len(files(tmp_path)) == 2 and all(o.endswith('.features') for o in files(tmp_path))
+    assert fit(learner(), FeatureCache(path=tmp_path))['weights'] == expected and Body.n <= 40
+
+
+# Several processes
+
+def ranks(out):
+    "What each of two processes does"
+    from accelerate import Accelerator
+    from fastai.distributed import DistributedDL
+    from processes import broadcast, dist
+    DistributedDL._broadcast = broadcast
+    Accelerator(cpu=True) # starts the process group
+    left = {}
+    for name,cb in dict(cache=FeatureCache(), again=None, held=Held()).items():
+        cb = cb or shared
+        shared,learn = cb,learner(data(n=43, shuffle=True, n_valid=15))
+        with learn.distrib_ctx(cpu=True, sync_bn=False): left[name] = fit(learn, cb, how='fit_one_cycle'),Body.n
+    torch.save(left, Path(out)/f'{dist.get_rank()}.pt')
+    dist.destroy_process_group()
+
+def test_processes_share_the_work(tmp_path):
+    command = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', __file__, tmp_path]
+    done = subprocess.run(command, env=os.environ|{'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': '1', 'CUDA_VISIBLE_DEVICES': ''},
+                          text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=180)
+    assert done.returncode == 0, done.stdout[-4000:]
+    for left in [torch.load(tmp_path/f'{rank}.pt', weights_only=False) for rank in range(2)]:
+        (got,n),(again,n_again),(expected,n_held) = left.values()
+        assert_close(got, expected)
+        assert_close(again, expected)
+        assert n <= (43+15)/2+4*8+16 and n_again <= 12 and n_held >= 3*(43+15)/2
+
+if __name__ == '__main__': ranks(sys.argv[1])
