@@ -39,22 +39,22 @@ class _Window:
         params, # Parameters whose gradients gather
         adds_up:bool=False, # Does the loss add its items up, instead of averaging them?
     ):
-        self.size,self.params,self.adds_up,self.items,self.unit = size,params,adds_up,0,size
+        self.size,self.params,self.adds_up,self.items,self.unit = size,params,adds_up,0,None
 
     def grads(self): return [p.grad for p in self.params if p.grad is not None]
 
     @torch.no_grad()
     def measure(self, unit):
         "Hold the gradients in another unit"
-        if self.items and unit != self.unit and not self.adds_up:
-            torch._foreach_mul_(self.grads(), float(self.unit/unit))
+        if self.unit not in (None, unit) and not self.adds_up and (grads := self.grads()):
+            torch._foreach_mul_(grads, float(self.unit/unit))
         self.unit = unit
 
     def closes(self, items):
         "Is the window whole with so many? Sums of floats are less by some 1e-16 of them"
         return items > 0 and (self.ends or items*(1+1e-12) >= self.size)
 
-# %% ../nbs/03_accumulation.ipynb #78cc3ac4
+# %% ../nbs/03_accumulation.ipynb #f81115c5
 class _Processes:
     "What the processes of a `DistributedDataParallel` model do together; one process has nothing to do"
     ddp,n = None,1 # the model, if it is one, and the number of processes
@@ -68,7 +68,7 @@ class _Processes:
         self.items,self.batches,self.most = 0.,0,inf # own, since they asked each other; largest sum of a batch
         self.begins = self.ddp.static_graph # such a model learns its graph in a first pass that synchronises
 
-# %% ../nbs/03_accumulation.ipynb #6c38b9e9
+# %% ../nbs/03_accumulation.ipynb #4b729042
 @patch
 def agree(self:_Processes, window, count, most):
     "Before the forward pass, in which the model asks: does this batch close the window?"
@@ -81,7 +81,7 @@ def agree(self:_Processes, window, count, most):
     self.ddp.require_backward_grad_sync = self.waits
 
 @patch
-def exchange(self:_Processes, window, count=0, most=0):
+def exchange(self:_Processes, window, count, most):
     "Add up what each has gathered, the items of this batch, and the most that a batch can have"
     numbers = torch.tensor([self.items, count, most], dtype=torch.float64, device=self.ddp.device)
     items,self.total,self.most = self.add_up(numbers).tolist()
@@ -98,7 +98,7 @@ def restore(self:_Processes):
     "Leave the model's synchronising as it was found"
     if self.ddp: self.ddp.require_backward_grad_sync = self.found
 
-# %% ../nbs/03_accumulation.ipynb #a4d4d0c2
+# %% ../nbs/03_accumulation.ipynb #151253e5
 @patch
 def unit(self:_Processes, window, count):
     "The unit of the gradients in this batch; that of all processes, where they synchronise"
@@ -106,7 +106,7 @@ def unit(self:_Processes, window, count):
     if count != self.count: raise RuntimeError(
         f'`GradientAccumulation` counted {self.count:g} items before the forward pass, where several processes need to know, '
         f'and {count:g} after the loss. A callback that makes targets has to do so in `before_batch`, with an `order` below 6.')
-    return self.total/self.n or window.unit
+    return self.total/self.n or window.unit or window.size
 
 @patch
 def count_in(self:_Processes, window, count):
@@ -119,7 +119,7 @@ def count_in(self:_Processes, window, count):
 def average(self:_Processes, window):
     "Average the gradients as the model would, even of parameters that only some of the processes have used"
     if self.ddp is None: return
-    self.exchange(window)
+    self.exchange(window, 0, self.most/self.n)
     window.measure(window.size)
     used = self.add_up(torch.tensor([float(p.grad is not None) for p in window.params], device=self.ddp.device))
     for p in (p for p,n in zip(window.params, used) if n):
@@ -150,7 +150,7 @@ class GradientAccumulation(FitCallback):
 
 _reductions = 'mean','sum'
 
-# %% ../nbs/03_accumulation.ipynb #de6e0dec
+# %% ../nbs/03_accumulation.ipynb #997c9f56
 _fastai_grad_opt = Learner._do_grad_opt
 
 @patch_to(Learner)
@@ -159,7 +159,7 @@ def _do_grad_opt(self):
     acc = first(self.cbs, lambda cb: isinstance(cb, GradientAccumulation) and cb._in_fit)
     return acc._grad_opt() if acc else _fastai_grad_opt(self)
 
-# %% ../nbs/03_accumulation.ipynb #fe79b400
+# %% ../nbs/03_accumulation.ipynb #abcef81f
 @patch
 def _grad_opt(self:GradientAccumulation):
     "fastai's `_do_grad_opt`, with a step only where the window is whole"
@@ -174,14 +174,14 @@ def _grad_opt(self:GradientAccumulation):
     if not window.closes(window.items): raise CancelBatchException # as fastai's, past `step` and `zero_grad`
     self._step()
 
-# %% ../nbs/03_accumulation.ipynb #ace17cf5
+# %% ../nbs/03_accumulation.ipynb #f319eff3
 @patch
 def _count(self:GradientAccumulation):
     yb = self.learn.yb
     if not isinstance(yb, (tuple, list)): yb = (yb,)
     return check_amount('count', self.count(yb), zero=True) if yb else 0
 
-# %% ../nbs/03_accumulation.ipynb #4ef3e50e
+# %% ../nbs/03_accumulation.ipynb #63bc33fd
 def _marks(params):
     "What changes when gradients do: PyTorch raises a tensor's version with each change in place"
     return [(id(g), g._version) for p in params if (g := p.grad) is not None]
@@ -191,7 +191,7 @@ def _gather(self:GradientAccumulation, count, unit):
     "Add the gradient of a batch to those that the window holds"
     window,processes,learn = self.window,self._processes,self.learn
     early = _marks(window.params) != self._before
-    if early and window.items and unit != window.unit and not window.adds_up: raise RuntimeError(_too_early)
+    if early and window.unit not in (None, unit) and not window.adds_up: raise RuntimeError(_too_early)
     window.measure(unit)
     before = _marks(window.params)
     weight = 1 if window.adds_up or not count else count/unit # other than 1 where processes count differently
@@ -220,7 +220,7 @@ def _tensors(o):
     if isinstance(o, dict): o = o.values()
     return [t for item in o for t in _tensors(item)] if not isinstance(o, (str, bytes)) and isinstance(o, Iterable) else []
 
-# %% ../nbs/03_accumulation.ipynb #a2ed60f3
+# %% ../nbs/03_accumulation.ipynb #4447a86c
 @patch
 def _step(self:GradientAccumulation):
     "Step with the mean over the window's items"
@@ -244,13 +244,16 @@ def _step(self:GradientAccumulation):
             self._stepped = True
             learn.opt.zero_grad()
 
-# %% ../nbs/03_accumulation.ipynb #ebdd701c
+# %% ../nbs/03_accumulation.ipynb #48e0528d
 @patch
 def _leave_no_trace(self:GradientAccumulation):
     "A loss of no items may be NaN: show it neither to the Recorder nor to `TerminateOnNaNCallback`"
-    self.learn.loss,self.learn.yb = torch.zeros_like(self.learn.loss),()
+    learn = self.learn
+    learn.loss = torch.zeros_like(learn.loss)
+    if self._processes.n == 1: learn.yb = ()
+    else: learn.loss += getattr(learn, 'smooth_loss', 0) # the Recorder gathers all processes' losses: none may stay away
 
-# %% ../nbs/03_accumulation.ipynb #920fd676
+# %% ../nbs/03_accumulation.ipynb #d002fcf9
 def _adds_up(loss_func):
     "Is it a sum?"
     loss_func = getattr(getattr(loss_func, '__self__', None), 'old_lf', loss_func)
@@ -269,14 +272,14 @@ def _open(self:GradientAccumulation):
     self.window.open(n_acc*self._processes.n, list(params), adds_up)
     self._loss,self._side = 0,self._gan_side()
 
-# %% ../nbs/03_accumulation.ipynb #b5181e70
+# %% ../nbs/03_accumulation.ipynb #0c464c19
 @patch
 def _gan_side(self:GradientAccumulation): return self._gan and self._gan.gen_mode
 
 _switched = """`GANTrainer` went on to its other model while a window was open, and a step would move both. Let it switch where windows
 end: `FixedGANSwitcher(n_crit, n_gen)` with whole numbers of windows, in batches, and `flush=True`."""
 
-# %% ../nbs/03_accumulation.ipynb #c34f3071
+# %% ../nbs/03_accumulation.ipynb #69e8e14c
 @patch
 def _doubt(self:GradientAccumulation, count):
     "Does the default count what the loss averages over? If that can't be, say so once"
@@ -293,7 +296,7 @@ def _doubt(self:GradientAccumulation, count):
 
 _say = 'Give it a `count` that says over how many items the loss takes its mean.'
 
-# %% ../nbs/03_accumulation.ipynb #5686ca04
+# %% ../nbs/03_accumulation.ipynb #b49ec66b
 @patch
 def start_fit(self:GradientAccumulation):
     cbs = self.learn.cbs
@@ -317,7 +320,7 @@ def _clear(self:GradientAccumulation):
     for o in (self.learn.opt, self.learn.model):
         if o is not None: o.zero_grad()
 
-# %% ../nbs/03_accumulation.ipynb #1ed96a3e
+# %% ../nbs/03_accumulation.ipynb #5e15ba0b
 @patch
 def before_batch(self:GradientAccumulation):
     if not self._in_fit: return
@@ -325,7 +328,7 @@ def before_batch(self:GradientAccumulation):
     if learn.iter == 0 or self._last is None: self._last = learn.n_iter-1 # a `validate` in mid-epoch changes it
     if window.size is None: self._open()
     window.ends = self.flush and learn.iter == self._last
-    if window.items and self._gan_side() != self._side: raise RuntimeError(_switched)
+    if window.unit and self._gan_side() != self._side: raise RuntimeError(_switched)
     self._before = _marks(window.params)
     if self._finder: self._finder.run = True
     if self._processes.ddp: self._processes.agree(window, self._count, self._most())
@@ -341,7 +344,7 @@ def after_batch(self:GradientAccumulation):
     self._processes.restore()
     if self._finder: self._skip_point()
 
-# %% ../nbs/03_accumulation.ipynb #0326eefb
+# %% ../nbs/03_accumulation.ipynb #95e65552
 @patch
 def after_train(self:GradientAccumulation): self._flush()
 @patch
@@ -358,7 +361,7 @@ def _flush(self:GradientAccumulation):
     except CancelBatchException: pass # put off
     finally: self.learn.training = training
 
-# %% ../nbs/03_accumulation.ipynb #28b9b6f4
+# %% ../nbs/03_accumulation.ipynb #9cf4cad9
 @patch
 def after_fit(self:GradientAccumulation):
     learn = self.learn
@@ -371,7 +374,7 @@ def _no_step(self:GradientAccumulation):
     self.warn_once(f'There was no optimizer step in this fit: its batches had {items:g} items, and `n_acc` is {self.n_acc}. '
                    '`flush=True` steps at the end of each epoch.')
 
-# %% ../nbs/03_accumulation.ipynb #9ef71d46
+# %% ../nbs/03_accumulation.ipynb #26df008f
 @patch
 def before_fit(self:GradientAccumulation):
     self._finder = first(self.learn.cbs, lambda cb: isinstance(cb, LRFinder))
@@ -393,7 +396,7 @@ def _skip_point(self:GradientAccumulation):
     self.learn.train_iter -= 1
     self.learn.yb = () # fastai records no loss without targets
 
-# %% ../nbs/03_accumulation.ipynb #547ff61f
+# %% ../nbs/03_accumulation.ipynb #34c474b8
 @patch
 def state_dict(self:GradientAccumulation):
     "The open window, between two batches of a fit"
