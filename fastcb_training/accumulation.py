@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import is_dataclass
 from functools import partial, wraps
 from math import ceil, inf
+from operator import is_
 
 import torch
 from fastai.callback.core import CancelBackwardException, CancelBatchException, CancelStepException
@@ -54,7 +55,7 @@ class _Window:
         "Is the window whole with so many? Sums of floats are less by some 1e-16 of them"
         return items > 0 and (self.ends or items*(1+1e-12) >= self.size)
 
-# %% ../nbs/03_accumulation.ipynb #f81115c5
+# %% ../nbs/03_accumulation.ipynb #e21331ca
 class _Processes:
     "What the processes of a `DistributedDataParallel` model do together; one process has nothing to do"
     ddp,n = None,1 # the model, if it is one, and the number of processes
@@ -68,7 +69,7 @@ class _Processes:
         self.items,self.batches,self.most = 0.,0,inf # own, since they asked each other; largest sum of a batch
         self.begins = self.ddp.static_graph # such a model learns its graph in a first pass that synchronises
 
-# %% ../nbs/03_accumulation.ipynb #4b729042
+# %% ../nbs/03_accumulation.ipynb #df39b2fa
 @patch
 def agree(self:_Processes, window, count, most):
     "Before the forward pass, in which the model asks: does this batch close the window?"
@@ -98,7 +99,7 @@ def restore(self:_Processes):
     "Leave the model's synchronising as it was found"
     if self.ddp: self.ddp.require_backward_grad_sync = self.found
 
-# %% ../nbs/03_accumulation.ipynb #151253e5
+# %% ../nbs/03_accumulation.ipynb #a17cc7ba
 @patch
 def unit(self:_Processes, window, count):
     "The unit of the gradients in this batch; that of all processes, where they synchronise"
@@ -150,7 +151,7 @@ class GradientAccumulation(FitCallback):
 
 _reductions = 'mean','sum'
 
-# %% ../nbs/03_accumulation.ipynb #997c9f56
+# %% ../nbs/03_accumulation.ipynb #f4f9b26d
 _fastai_grad_opt = Learner._do_grad_opt
 
 @patch_to(Learner)
@@ -159,7 +160,7 @@ def _do_grad_opt(self):
     acc = first(self.cbs, lambda cb: isinstance(cb, GradientAccumulation) and cb._in_fit)
     return acc._grad_opt() if acc else _fastai_grad_opt(self)
 
-# %% ../nbs/03_accumulation.ipynb #abcef81f
+# %% ../nbs/03_accumulation.ipynb #4b9bdd9f
 @patch
 def _grad_opt(self:GradientAccumulation):
     "fastai's `_do_grad_opt`, with a step only where the window is whole"
@@ -174,23 +175,29 @@ def _grad_opt(self:GradientAccumulation):
     if not window.closes(window.items): raise CancelBatchException # as fastai's, past `step` and `zero_grad`
     self._step()
 
-# %% ../nbs/03_accumulation.ipynb #f319eff3
+# %% ../nbs/03_accumulation.ipynb #009e2dc9
 @patch
 def _count(self:GradientAccumulation):
     yb = self.learn.yb
     if not isinstance(yb, (tuple, list)): yb = (yb,)
     return check_amount('count', self.count(yb), zero=True) if yb else 0
 
-# %% ../nbs/03_accumulation.ipynb #63bc33fd
+# %% ../nbs/03_accumulation.ipynb #602c0375
 def _marks(params):
-    "What changes when gradients do: PyTorch raises a tensor's version with each change in place"
-    return [(id(g), g._version) for p in params if (g := p.grad) is not None]
+    "The gradients, and their versions, which PyTorch raises with each change in place"
+    grads = [g for p in params if (g := p.grad) is not None]
+    return grads, [g._version for g in grads]
+
+def _moved(marks, params):
+    "Have the gradients changed since?"
+    (grads,versions),(now,versions_now) = marks,_marks(params)
+    return versions != versions_now or not all(map(is_, grads, now))
 
 @patch
 def _gather(self:GradientAccumulation, count, unit):
     "Add the gradient of a batch to those that the window holds"
     window,processes,learn = self.window,self._processes,self.learn
-    early = _marks(window.params) != self._before
+    early,self._before = _moved(self._before, window.params),None # holds no gradient longer than needed
     if early and window.unit not in (None, unit) and not window.adds_up: raise RuntimeError(_too_early)
     window.measure(unit)
     before = _marks(window.params)
@@ -204,7 +211,7 @@ def _gather(self:GradientAccumulation, count, unit):
         finally: learn.loss_grad = loss
     try: learn._with_events(backward, 'backward', CancelBackwardException)
     finally:
-        moved = early or _marks(window.params) != before
+        moved = early or _moved(before, window.params)
         if moved or not count: processes.count_in(window, count)
     if moved and weight != 1: raise RuntimeError(_own_pass)
 
@@ -220,7 +227,7 @@ def _tensors(o):
     if isinstance(o, dict): o = o.values()
     return [t for item in o for t in _tensors(item)] if not isinstance(o, (str, bytes)) and isinstance(o, Iterable) else []
 
-# %% ../nbs/03_accumulation.ipynb #4447a86c
+# %% ../nbs/03_accumulation.ipynb #087d7653
 @patch
 def _step(self:GradientAccumulation):
     "Step with the mean over the window's items"
@@ -244,7 +251,7 @@ def _step(self:GradientAccumulation):
             self._stepped = True
             learn.opt.zero_grad()
 
-# %% ../nbs/03_accumulation.ipynb #48e0528d
+# %% ../nbs/03_accumulation.ipynb #738a3292
 @patch
 def _leave_no_trace(self:GradientAccumulation):
     "A loss of no items may be NaN: show it neither to the Recorder nor to `TerminateOnNaNCallback`"
@@ -253,7 +260,7 @@ def _leave_no_trace(self:GradientAccumulation):
     if self._processes.n == 1: learn.yb = ()
     else: learn.loss += getattr(learn, 'smooth_loss', 0) # the Recorder gathers all processes' losses: none may stay away
 
-# %% ../nbs/03_accumulation.ipynb #d002fcf9
+# %% ../nbs/03_accumulation.ipynb #7af0651a
 def _adds_up(loss_func):
     "Is it a sum?"
     loss_func = getattr(getattr(loss_func, '__self__', None), 'old_lf', loss_func)
@@ -272,14 +279,14 @@ def _open(self:GradientAccumulation):
     self.window.open(n_acc*self._processes.n, list(params), adds_up)
     self._loss,self._side = 0,self._gan_side()
 
-# %% ../nbs/03_accumulation.ipynb #0c464c19
+# %% ../nbs/03_accumulation.ipynb #77070976
 @patch
 def _gan_side(self:GradientAccumulation): return self._gan and self._gan.gen_mode
 
 _switched = """`GANTrainer` went on to its other model while a window was open, and a step would move both. Let it switch where windows
 end: `FixedGANSwitcher(n_crit, n_gen)` with whole numbers of windows, in batches, and `flush=True`."""
 
-# %% ../nbs/03_accumulation.ipynb #69e8e14c
+# %% ../nbs/03_accumulation.ipynb #9fbea3c2
 @patch
 def _doubt(self:GradientAccumulation, count):
     "Does the default count what the loss averages over? If that can't be, say so once"
@@ -296,15 +303,14 @@ def _doubt(self:GradientAccumulation, count):
 
 _say = 'Give it a `count` that says over how many items the loss takes its mean.'
 
-# %% ../nbs/03_accumulation.ipynb #b49ec66b
+# %% ../nbs/03_accumulation.ipynb #c829c597
 @patch
 def start_fit(self:GradientAccumulation):
-    cbs = self.learn.cbs
+    cbs,self._processes = self.learn.cbs,_Processes(self.learn.model)
     if len(two := [cb for cb in cbs if isinstance(cb, (GradientAccumulation, FastaiAccumulation))]) > 1:
         raise ValueError(f'A fit can have one `GradientAccumulation`, not {len(two)}')
     self._gan = first(cbs, lambda cb: 'gen_mode' in vars(cb))
-    self._processes,self._stepped,self._each = _Processes(self.learn.model),False,None
-    self._last = None
+    self._stepped,self._each,self._last = False,None,None
     self._clear()
 
 @patch
@@ -320,7 +326,7 @@ def _clear(self:GradientAccumulation):
     for o in (self.learn.opt, self.learn.model):
         if o is not None: o.zero_grad()
 
-# %% ../nbs/03_accumulation.ipynb #5e15ba0b
+# %% ../nbs/03_accumulation.ipynb #57aec9eb
 @patch
 def before_batch(self:GradientAccumulation):
     if not self._in_fit: return
@@ -344,7 +350,7 @@ def after_batch(self:GradientAccumulation):
     self._processes.restore()
     if self._finder: self._skip_point()
 
-# %% ../nbs/03_accumulation.ipynb #95e65552
+# %% ../nbs/03_accumulation.ipynb #125fa735
 @patch
 def after_train(self:GradientAccumulation): self._flush()
 @patch
@@ -361,7 +367,7 @@ def _flush(self:GradientAccumulation):
     except CancelBatchException: pass # put off
     finally: self.learn.training = training
 
-# %% ../nbs/03_accumulation.ipynb #9cf4cad9
+# %% ../nbs/03_accumulation.ipynb #9d37d209
 @patch
 def after_fit(self:GradientAccumulation):
     learn = self.learn
@@ -374,7 +380,7 @@ def _no_step(self:GradientAccumulation):
     self.warn_once(f'There was no optimizer step in this fit: its batches had {items:g} items, and `n_acc` is {self.n_acc}. '
                    '`flush=True` steps at the end of each epoch.')
 
-# %% ../nbs/03_accumulation.ipynb #26df008f
+# %% ../nbs/03_accumulation.ipynb #79e2392b
 @patch
 def before_fit(self:GradientAccumulation):
     self._finder = first(self.learn.cbs, lambda cb: isinstance(cb, LRFinder))
@@ -396,7 +402,7 @@ def _skip_point(self:GradientAccumulation):
     self.learn.train_iter -= 1
     self.learn.yb = () # fastai records no loss without targets
 
-# %% ../nbs/03_accumulation.ipynb #34c474b8
+# %% ../nbs/03_accumulation.ipynb #cb09c9f3
 @patch
 def state_dict(self:GradientAccumulation):
     "The open window, between two batches of a fit"
