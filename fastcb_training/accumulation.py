@@ -1,6 +1,31 @@
 """My batch does not fit: train as if it did. The gradient of every step is the gradient of the big batch
 
-rules
+A batch of 256 runs out of memory on your GPU, but batches of 16 fit. Gradients add up in PyTorch until they are set to zero, so 16 small
+batches can give the gradient of the big one, if each has its weight. fastai's own class is up to twice as large, and more where one batch
+exceeds `n_acc`; it leaks into the next fit, and fails for a loss with a square root. Here:
+
+1. **A *window* is the batches from one optimizer step to the next.** It closes with the batch that brings its items to `n_acc` or more. The
+   gradient that any callback's `before_step` sees, once a window and at whatever order, is that of the loss over the window's items as one
+   batch, whatever the batch sizes: `Σ countᵢ·gradᵢ / Σ countᵢ` for a mean loss, `Σ gradᵢ` for a loss that sums. A window of one batch is
+   bit for bit the plain step.
+2. **`count(yb)` says how many items a batch has**, given the targets that the loss has seen, whichever callback made them. Items by
+   default; `lambda yb: (yb[0] != -100).sum()` weights by unmasked tokens or pixels; `lambda yb: 1` counts batches. A batch that counts 0
+   leaves the gradients, and the recorder's loss, as they are. `reduction='mean'` or `'sum'` says how the loss adds up where it has no
+   `reduction` of its own.
+3. **`n_acc` may be a function of `pct_train`**, fastai's own schedules included. It is called once, when a window opens.
+4. **An unfinished window continues in the next epoch** of the same fit. `flush=True` closes it at the end of each epoch instead, with the
+   right scale. At the end of the fit, what is unfinished is dropped. A fit that ends without a single step warns, once.
+5. **No gradient enters or leaves a fit**: not after an unfinished window, a cancel, an error or an interrupt, nor from a frozen fit into the
+   next.
+6. **Any differentiable loss works**, and any backward pass: the loss may be scaled or replaced, and other callbacks may call `backward`
+   too. What can't be weighted any more is refused. The loss that is logged is the batch's own.
+7. **Under `DistributedDataParallel` only the closing batch synchronises gradients.** `n_acc` counts items per process. Processes add up
+   their counts, so that all close at once: one number a batch, and for the default `count` one only where a window may close. As always
+   with DDP, gradients are averaged over processes, even for a loss that sums.
+8. **With `MixedPrecision` the scaler steps, and with `GradientClip` the norm is taken, once a window**, on the whole gradient. The learning
+   rate finder makes a point a window, and finds the big batch's rate.
+9. **It costs one fused pass over the gradients a window** of several batches, and one more for a batch that counts other than the one
+   before it. Gradients gather in the parameters' own type: in bfloat16, 1,024 batches add up with an error of 3 %.
 
 Docs: https://fastcb.github.io/fastcb_training/accumulation.html.md"""
 
@@ -55,7 +80,7 @@ class _Window:
         "Is the window whole with so many? Sums of floats are less by some 1e-16 of them"
         return items > 0 and (self.ends or items*(1+1e-12) >= self.size)
 
-# %% ../nbs/03_accumulation.ipynb #e21331ca
+# %% ../nbs/03_accumulation.ipynb #82fb89a4
 class _Processes:
     "What the processes of a `DistributedDataParallel` model do together; one process has nothing to do"
     ddp,n = None,1 # the model, if it is one, and the number of processes
@@ -69,7 +94,7 @@ class _Processes:
         self.items,self.batches,self.most = 0.,0,inf # own, since they asked each other; largest sum of a batch
         self.begins = self.ddp.static_graph # such a model learns its graph in a first pass that synchronises
 
-# %% ../nbs/03_accumulation.ipynb #df39b2fa
+# %% ../nbs/03_accumulation.ipynb #bb2e89ac
 @patch
 def agree(self:_Processes, window, count, most):
     "Before the forward pass, in which the model asks: does this batch close the window?"
@@ -99,7 +124,7 @@ def restore(self:_Processes):
     "Leave the model's synchronising as it was found"
     if self.ddp: self.ddp.require_backward_grad_sync = self.found
 
-# %% ../nbs/03_accumulation.ipynb #a17cc7ba
+# %% ../nbs/03_accumulation.ipynb #de267aba
 @patch
 def unit(self:_Processes, window, count):
     "The unit of the gradients in this batch; that of all processes, where they synchronise"
@@ -151,7 +176,7 @@ class GradientAccumulation(FitCallback):
 
 _reductions = 'mean','sum'
 
-# %% ../nbs/03_accumulation.ipynb #f4f9b26d
+# %% ../nbs/03_accumulation.ipynb #1d39fe20
 _fastai_grad_opt = Learner._do_grad_opt
 
 @patch_to(Learner)
@@ -160,7 +185,7 @@ def _do_grad_opt(self):
     acc = first(self.cbs, lambda cb: isinstance(cb, GradientAccumulation) and cb._in_fit)
     return acc._grad_opt() if acc else _fastai_grad_opt(self)
 
-# %% ../nbs/03_accumulation.ipynb #4b9bdd9f
+# %% ../nbs/03_accumulation.ipynb #00c171dc
 @patch
 def _grad_opt(self:GradientAccumulation):
     "fastai's `_do_grad_opt`, with a step only where the window is whole"
@@ -175,14 +200,14 @@ def _grad_opt(self:GradientAccumulation):
     if not window.closes(window.items): raise CancelBatchException # as fastai's, past `step` and `zero_grad`
     self._step()
 
-# %% ../nbs/03_accumulation.ipynb #009e2dc9
+# %% ../nbs/03_accumulation.ipynb #2a686cad
 @patch
 def _count(self:GradientAccumulation):
     yb = self.learn.yb
     if not isinstance(yb, (tuple, list)): yb = (yb,)
     return check_amount('count', self.count(yb), zero=True) if yb else 0
 
-# %% ../nbs/03_accumulation.ipynb #602c0375
+# %% ../nbs/03_accumulation.ipynb #07a7ad8f
 def _marks(params):
     "The gradients, and their versions, which PyTorch raises with each change in place"
     grads = [g for p in params if (g := p.grad) is not None]
@@ -227,7 +252,7 @@ def _tensors(o):
     if isinstance(o, dict): o = o.values()
     return [t for item in o for t in _tensors(item)] if not isinstance(o, (str, bytes)) and isinstance(o, Iterable) else []
 
-# %% ../nbs/03_accumulation.ipynb #087d7653
+# %% ../nbs/03_accumulation.ipynb #56615261
 @patch
 def _step(self:GradientAccumulation):
     "Step with the mean over the window's items"
@@ -251,7 +276,7 @@ def _step(self:GradientAccumulation):
             self._stepped = True
             learn.opt.zero_grad()
 
-# %% ../nbs/03_accumulation.ipynb #738a3292
+# %% ../nbs/03_accumulation.ipynb #ed311b66
 @patch
 def _leave_no_trace(self:GradientAccumulation):
     "A loss of no items may be NaN: show it neither to the Recorder nor to `TerminateOnNaNCallback`"
@@ -260,7 +285,7 @@ def _leave_no_trace(self:GradientAccumulation):
     if self._processes.n == 1: learn.yb = ()
     else: learn.loss += getattr(learn, 'smooth_loss', 0) # the Recorder gathers all processes' losses: none may stay away
 
-# %% ../nbs/03_accumulation.ipynb #7af0651a
+# %% ../nbs/03_accumulation.ipynb #17d908eb
 def _adds_up(loss_func):
     "Is it a sum?"
     loss_func = getattr(getattr(loss_func, '__self__', None), 'old_lf', loss_func)
@@ -279,14 +304,14 @@ def _open(self:GradientAccumulation):
     self.window.open(n_acc*self._processes.n, list(params), adds_up)
     self._loss,self._side = 0,self._gan_side()
 
-# %% ../nbs/03_accumulation.ipynb #77070976
+# %% ../nbs/03_accumulation.ipynb #ee253500
 @patch
 def _gan_side(self:GradientAccumulation): return self._gan and self._gan.gen_mode
 
 _switched = """`GANTrainer` went on to its other model while a window was open, and a step would move both. Let it switch where windows
 end: `FixedGANSwitcher(n_crit, n_gen)` with whole numbers of windows, in batches, and `flush=True`."""
 
-# %% ../nbs/03_accumulation.ipynb #9fbea3c2
+# %% ../nbs/03_accumulation.ipynb #0a3489f3
 @patch
 def _doubt(self:GradientAccumulation, count):
     "Does the default count what the loss averages over? If that can't be, say so once"
@@ -303,7 +328,7 @@ def _doubt(self:GradientAccumulation, count):
 
 _say = 'Give it a `count` that says over how many items the loss takes its mean.'
 
-# %% ../nbs/03_accumulation.ipynb #c829c597
+# %% ../nbs/03_accumulation.ipynb #ae126f1a
 @patch
 def start_fit(self:GradientAccumulation):
     cbs,self._processes = self.learn.cbs,_Processes(self.learn.model)
@@ -326,7 +351,7 @@ def _clear(self:GradientAccumulation):
     for o in (self.learn.opt, self.learn.model):
         if o is not None: o.zero_grad()
 
-# %% ../nbs/03_accumulation.ipynb #57aec9eb
+# %% ../nbs/03_accumulation.ipynb #298d378c
 @patch
 def before_batch(self:GradientAccumulation):
     if not self._in_fit: return
@@ -350,7 +375,7 @@ def after_batch(self:GradientAccumulation):
     self._processes.restore()
     if self._finder: self._skip_point()
 
-# %% ../nbs/03_accumulation.ipynb #125fa735
+# %% ../nbs/03_accumulation.ipynb #396c9c2a
 @patch
 def after_train(self:GradientAccumulation): self._flush()
 @patch
@@ -367,7 +392,7 @@ def _flush(self:GradientAccumulation):
     except CancelBatchException: pass # put off
     finally: self.learn.training = training
 
-# %% ../nbs/03_accumulation.ipynb #9d37d209
+# %% ../nbs/03_accumulation.ipynb #74169a85
 @patch
 def after_fit(self:GradientAccumulation):
     learn = self.learn
@@ -380,7 +405,7 @@ def _no_step(self:GradientAccumulation):
     self.warn_once(f'There was no optimizer step in this fit: its batches had {items:g} items, and `n_acc` is {self.n_acc}. '
                    '`flush=True` steps at the end of each epoch.')
 
-# %% ../nbs/03_accumulation.ipynb #79e2392b
+# %% ../nbs/03_accumulation.ipynb #64bc5417
 @patch
 def before_fit(self:GradientAccumulation):
     self._finder = first(self.learn.cbs, lambda cb: isinstance(cb, LRFinder))
@@ -402,7 +427,7 @@ def _skip_point(self:GradientAccumulation):
     self.learn.train_iter -= 1
     self.learn.yb = () # fastai records no loss without targets
 
-# %% ../nbs/03_accumulation.ipynb #cb09c9f3
+# %% ../nbs/03_accumulation.ipynb #8223e10a
 @patch
 def state_dict(self:GradientAccumulation):
     "The open window, between two batches of a fit"
