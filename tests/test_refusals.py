@@ -14,7 +14,7 @@ public = {name: o for name,o in [*vars(everything).items(), ('digits', digits)] 
 rows = [(name, arg, error, value) for name,args in refusals.items() for arg,errors in args.items()
         for error,values in errors.items() for value in values]
 allowed = dict(pct='a number above 0 and at most 1', n_batches='a whole number, 1 or more',
-               n_acc='a finite number above 0', count='a function of the targets',
+               n_acc='a finite number above 0', count='a function of the targets', reduction="None or one of ('mean', 'sum')",
                max_norm='a number above 0', norm_type='a number above 0', nonfinite="one of ('skip', 'raise', 'ignore')",
                m='a module', path='a path', classes='one or more whole numbers from 0 to 9',
                size='a whole number of pixels, 1 or more', before_fit='a function of the callback')
