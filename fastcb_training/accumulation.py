@@ -25,7 +25,7 @@ exceeds `n_acc`; it leaks into the next fit, and fails for a loss with a square 
 8. **With `MixedPrecision` the scaler steps, and with `GradientClip` the norm is taken, once a window**, on the whole gradient. The learning
    rate finder makes a point a window, and finds the big batch's rate.
 9. **It costs one fused pass over the gradients a window** of several batches, and one more for a batch that counts other than the one
-   before it. Gradients gather in the parameters' own type: in bfloat16, 1,024 batches add up with an error of 3 %.
+   before it. Gradients gather in the parameters' own type: with bfloat16 parameters, small ones get lost beside a large sum.
 
 Docs: https://fastcb.github.io/fastcb_training/accumulation.html.md"""
 
@@ -80,7 +80,7 @@ class _Window:
         "Is the window whole with so many? Sums of floats are less by some 1e-16 of them"
         return items > 0 and (self.ends or items*(1+1e-12) >= self.size)
 
-# %% ../nbs/03_accumulation.ipynb #82fb89a4
+# %% ../nbs/03_accumulation.ipynb #9a3848d5
 class _Processes:
     "What the processes of a `DistributedDataParallel` model do together; one process has nothing to do"
     ddp,n = None,1 # the model, if it is one, and the number of processes
@@ -94,7 +94,7 @@ class _Processes:
         self.items,self.batches,self.most = 0.,0,inf # own, since they asked each other; largest sum of a batch
         self.begins = self.ddp.static_graph # such a model learns its graph in a first pass that synchronises
 
-# %% ../nbs/03_accumulation.ipynb #bb2e89ac
+# %% ../nbs/03_accumulation.ipynb #5c666eb3
 @patch
 def agree(self:_Processes, window, count, most):
     "Before the forward pass, in which the model asks: does this batch close the window?"
@@ -124,14 +124,15 @@ def restore(self:_Processes):
     "Leave the model's synchronising as it was found"
     if self.ddp: self.ddp.require_backward_grad_sync = self.found
 
-# %% ../nbs/03_accumulation.ipynb #de267aba
+# %% ../nbs/03_accumulation.ipynb #9b16fc71
 @patch
 def unit(self:_Processes, window, count):
     "The unit of the gradients in this batch; that of all processes, where they synchronise"
     if self.total is None: return count
     if count != self.count: raise RuntimeError(
-        f'`GradientAccumulation` counted {self.count:g} items before the forward pass, where several processes need to know, '
-        f'and {count:g} after the loss. A callback that makes targets has to do so in `before_batch`, with an `order` below 6.')
+        f'`GradientAccumulation` counted {self.count:g} items before the forward pass, where several '
+        f'processes need to know, and {count:g} after the loss. A callback that makes targets has to do so '
+        'in `before_batch`, with an `order` below 6.')
     return self.total/self.n or window.unit or window.size
 
 @patch
@@ -147,8 +148,8 @@ def average(self:_Processes, window):
     if self.ddp is None: return
     self.exchange(window, 0, self.most/self.n)
     window.measure(window.size)
-    used = self.add_up(torch.tensor([float(p.grad is not None) for p in window.params], device=self.ddp.device))
-    for p in (p for p,n in zip(window.params, used) if n):
+    used = torch.tensor([float(p.grad is not None) for p in window.params], device=self.ddp.device)
+    for p in (p for p,n in zip(window.params, self.add_up(used)) if n):
         if p.grad is None: p.grad = torch.zeros_like(p)
         self.add_up(p.grad).div_(self.n)
 
@@ -171,12 +172,13 @@ class GradientAccumulation(FitCallback):
         if not callable(n_acc): check_amount('n_acc', n_acc)
         check('count', count, Callable, 'a function of the targets')
         check('flush', flush, bool, 'True or False')
-        check('reduction', reduction, (str, type(None)), f'None or one of {_reductions}', lambda o: o in (None, *_reductions))
+        check('reduction', reduction, (str, type(None)), f'None or one of {_reductions}',
+              lambda o: o in (None, *_reductions))
         self.window = _Window()
 
 _reductions = 'mean','sum'
 
-# %% ../nbs/03_accumulation.ipynb #1d39fe20
+# %% ../nbs/03_accumulation.ipynb #83d8fb3c
 _fastai_grad_opt = Learner._do_grad_opt
 
 @patch_to(Learner)
@@ -185,7 +187,7 @@ def _do_grad_opt(self):
     acc = first(self.cbs, lambda cb: isinstance(cb, GradientAccumulation) and cb._in_fit)
     return acc._grad_opt() if acc else _fastai_grad_opt(self)
 
-# %% ../nbs/03_accumulation.ipynb #00c171dc
+# %% ../nbs/03_accumulation.ipynb #1d998875
 @patch
 def _grad_opt(self:GradientAccumulation):
     "fastai's `_do_grad_opt`, with a step only where the window is whole"
@@ -200,14 +202,14 @@ def _grad_opt(self:GradientAccumulation):
     if not window.closes(window.items): raise CancelBatchException # as fastai's, past `step` and `zero_grad`
     self._step()
 
-# %% ../nbs/03_accumulation.ipynb #2a686cad
+# %% ../nbs/03_accumulation.ipynb #aab58aa5
 @patch
 def _count(self:GradientAccumulation):
     yb = self.learn.yb
     if not isinstance(yb, (tuple, list)): yb = (yb,)
     return check_amount('count', self.count(yb), zero=True) if yb else 0
 
-# %% ../nbs/03_accumulation.ipynb #07a7ad8f
+# %% ../nbs/03_accumulation.ipynb #ac05a2c2
 def _marks(params):
     "The gradients, and their versions, which PyTorch raises with each change in place"
     grads = [g for p in params if (g := p.grad) is not None]
@@ -231,7 +233,8 @@ def _gather(self:GradientAccumulation, count, unit):
     def backward():
         "Differentiate what the others have made of the loss"
         nonlocal weight
-        loss,learn.loss_grad,weight = learn.loss_grad,learn.loss_grad*weight if weight != 1 else learn.loss_grad,1
+        loss = learn.loss_grad
+        if weight != 1: learn.loss_grad,weight = loss*weight,1
         try: learn._backward()
         finally: learn.loss_grad = loss
     try: learn._with_events(backward, 'backward', CancelBackwardException)
@@ -250,9 +253,10 @@ def _tensors(o):
     if isinstance(o, torch.Tensor): return [o]
     if is_dataclass(o): o = vars(o)
     if isinstance(o, dict): o = o.values()
-    return [t for item in o for t in _tensors(item)] if not isinstance(o, (str, bytes)) and isinstance(o, Iterable) else []
+    if not isinstance(o, Iterable) or isinstance(o, (str, bytes)): return []
+    return [t for item in o for t in _tensors(item)]
 
-# %% ../nbs/03_accumulation.ipynb #56615261
+# %% ../nbs/03_accumulation.ipynb #fba91e1e
 @patch
 def _step(self:GradientAccumulation):
     "Step with the mean over the window's items"
@@ -276,16 +280,16 @@ def _step(self:GradientAccumulation):
             self._stepped = True
             learn.opt.zero_grad()
 
-# %% ../nbs/03_accumulation.ipynb #ed311b66
+# %% ../nbs/03_accumulation.ipynb #5eb5ac9f
 @patch
 def _leave_no_trace(self:GradientAccumulation):
     "A loss of no items may be NaN: show it neither to the Recorder nor to `TerminateOnNaNCallback`"
     learn = self.learn
     learn.loss = torch.zeros_like(learn.loss)
     if self._processes.n == 1: learn.yb = ()
-    else: learn.loss += getattr(learn, 'smooth_loss', 0) # the Recorder gathers all processes' losses: none may stay away
+    else: learn.loss += getattr(learn, 'smooth_loss', 0) # the Recorder gathers the losses of all processes
 
-# %% ../nbs/03_accumulation.ipynb #17d908eb
+# %% ../nbs/03_accumulation.ipynb #0fb29b2d
 def _adds_up(loss_func):
     "Is it a sum?"
     loss_func = getattr(getattr(loss_func, '__self__', None), 'old_lf', loss_func)
@@ -304,31 +308,34 @@ def _open(self:GradientAccumulation):
     self.window.open(n_acc*self._processes.n, list(params), adds_up)
     self._loss,self._side = 0,self._gan_side()
 
-# %% ../nbs/03_accumulation.ipynb #ee253500
+# %% ../nbs/03_accumulation.ipynb #89a52bb1
 @patch
 def _gan_side(self:GradientAccumulation): return self._gan and self._gan.gen_mode
 
 _switched = """`GANTrainer` went on to its other model while a window was open, and a step would move both. Let it switch where windows
 end: `FixedGANSwitcher(n_crit, n_gen)` with whole numbers of windows, in batches, and `flush=True`."""
 
-# %% ../nbs/03_accumulation.ipynb #0a3489f3
+# %% ../nbs/03_accumulation.ipynb #55bc1c64
 @patch
 def _doubt(self:GradientAccumulation, count):
     "Does the default count what the loss averages over? If that can't be, say so once"
     if self.count is not find_bs or self._warned or self.window.adds_up: return
     xb,yb = self.learn.xb,self.learn.yb
-    if isinstance(yb, (tuple, list)) and isinstance(yb[0], (tuple, list)) and len(yb[0]) and isinstance(yb[0][0], dict):
+    dicts = isinstance(yb[0], (tuple, list)) and len(yb[0]) and isinstance(yb[0][0], dict)
+    each = yb[0].numel()/count if count and hasattr(yb[0], 'numel') else None
+    if dicts:
         self.warn_once(f'`GradientAccumulation` counts {count:g} items in a batch of {len(yb[0])} dicts. {_say}')
     elif xb and count != find_bs(xb):
         self.warn_once(f'`GradientAccumulation` counts {count:g} items, the length of the targets, '
                        f'in a batch whose inputs have {find_bs(xb)}. {_say}')
-    elif (each := yb[0].numel()/count if count and hasattr(yb[0], 'numel') else None) != self._each is not None:
-        self.warn_once(f'`GradientAccumulation` counts items, and one has {each:g} targets here, {self._each:g} before. {_say}')
+    elif each and self._each and each != self._each:
+        self.warn_once(f'`GradientAccumulation` counts items, and an item has {each:g} targets here, '
+                       f'{self._each:g} before. {_say}')
     else: self._each = each
 
 _say = 'Give it a `count` that says over how many items the loss takes its mean.'
 
-# %% ../nbs/03_accumulation.ipynb #ae126f1a
+# %% ../nbs/03_accumulation.ipynb #6e67110a
 @patch
 def start_fit(self:GradientAccumulation):
     cbs,self._processes = self.learn.cbs,_Processes(self.learn.model)
@@ -351,7 +358,7 @@ def _clear(self:GradientAccumulation):
     for o in (self.learn.opt, self.learn.model):
         if o is not None: o.zero_grad()
 
-# %% ../nbs/03_accumulation.ipynb #298d378c
+# %% ../nbs/03_accumulation.ipynb #d542cb48
 @patch
 def before_batch(self:GradientAccumulation):
     if not self._in_fit: return
@@ -375,7 +382,7 @@ def after_batch(self:GradientAccumulation):
     self._processes.restore()
     if self._finder: self._skip_point()
 
-# %% ../nbs/03_accumulation.ipynb #396c9c2a
+# %% ../nbs/03_accumulation.ipynb #1a68f6bf
 @patch
 def after_train(self:GradientAccumulation): self._flush()
 @patch
@@ -392,7 +399,7 @@ def _flush(self:GradientAccumulation):
     except CancelBatchException: pass # put off
     finally: self.learn.training = training
 
-# %% ../nbs/03_accumulation.ipynb #74169a85
+# %% ../nbs/03_accumulation.ipynb #7e95e79d
 @patch
 def after_fit(self:GradientAccumulation):
     learn = self.learn
@@ -405,7 +412,7 @@ def _no_step(self:GradientAccumulation):
     self.warn_once(f'There was no optimizer step in this fit: its batches had {items:g} items, and `n_acc` is {self.n_acc}. '
                    '`flush=True` steps at the end of each epoch.')
 
-# %% ../nbs/03_accumulation.ipynb #64bc5417
+# %% ../nbs/03_accumulation.ipynb #9cd8445b
 @patch
 def before_fit(self:GradientAccumulation):
     self._finder = first(self.learn.cbs, lambda cb: isinstance(cb, LRFinder))
@@ -427,7 +434,7 @@ def _skip_point(self:GradientAccumulation):
     self.learn.train_iter -= 1
     self.learn.yb = () # fastai records no loss without targets
 
-# %% ../nbs/03_accumulation.ipynb #8223e10a
+# %% ../nbs/03_accumulation.ipynb #c230f3a9
 @patch
 def state_dict(self:GradientAccumulation):
     "The open window, between two batches of a fit"
