@@ -80,7 +80,7 @@ class _Window:
         "Is the window whole with so many? Sums of floats are less by some 1e-16 of them"
         return items > 0 and (self.ends or items*(1+1e-12) >= self.size)
 
-# %% ../nbs/03_accumulation.ipynb #9a3848d5
+# %% ../nbs/03_accumulation.ipynb #518e4f8e
 class _Processes:
     "What the processes of a `DistributedDataParallel` model do together; one process has nothing to do"
     ddp,n = None,1 # the model, if it is one, and the number of processes
@@ -94,7 +94,7 @@ class _Processes:
         self.items,self.batches,self.most = 0.,0,inf # own, since they asked each other; largest sum of a batch
         self.begins = self.ddp.static_graph # such a model learns its graph in a first pass that synchronises
 
-# %% ../nbs/03_accumulation.ipynb #5c666eb3
+# %% ../nbs/03_accumulation.ipynb #746827cc
 @patch
 def agree(self:_Processes, window, count, most):
     "Before the forward pass, in which the model asks: does this batch close the window?"
@@ -124,7 +124,7 @@ def restore(self:_Processes):
     "Leave the model's synchronising as it was found"
     if self.ddp: self.ddp.require_backward_grad_sync = self.found
 
-# %% ../nbs/03_accumulation.ipynb #9b16fc71
+# %% ../nbs/03_accumulation.ipynb #2efa22d3
 @patch
 def unit(self:_Processes, window, count):
     "The unit of the gradients in this batch; that of all processes, where they synchronise"
@@ -178,7 +178,7 @@ class GradientAccumulation(FitCallback):
 
 _reductions = 'mean','sum'
 
-# %% ../nbs/03_accumulation.ipynb #83d8fb3c
+# %% ../nbs/03_accumulation.ipynb #90973619
 _fastai_grad_opt = Learner._do_grad_opt
 
 @patch_to(Learner)
@@ -187,7 +187,7 @@ def _do_grad_opt(self):
     acc = first(self.cbs, lambda cb: isinstance(cb, GradientAccumulation) and cb._in_fit)
     return acc._grad_opt() if acc else _fastai_grad_opt(self)
 
-# %% ../nbs/03_accumulation.ipynb #1d998875
+# %% ../nbs/03_accumulation.ipynb #9c671cf0
 @patch
 def _grad_opt(self:GradientAccumulation):
     "fastai's `_do_grad_opt`, with a step only where the window is whole"
@@ -202,14 +202,14 @@ def _grad_opt(self:GradientAccumulation):
     if not window.closes(window.items): raise CancelBatchException # as fastai's, past `step` and `zero_grad`
     self._step()
 
-# %% ../nbs/03_accumulation.ipynb #aab58aa5
+# %% ../nbs/03_accumulation.ipynb #74ebeadf
 @patch
 def _count(self:GradientAccumulation):
     yb = self.learn.yb
     if not isinstance(yb, (tuple, list)): yb = (yb,)
     return check_amount('count', self.count(yb), zero=True) if yb else 0
 
-# %% ../nbs/03_accumulation.ipynb #ac05a2c2
+# %% ../nbs/03_accumulation.ipynb #4052f662
 def _marks(params):
     "The gradients, and their versions, which PyTorch raises with each change in place"
     grads = [g for p in params if (g := p.grad) is not None]
@@ -256,7 +256,7 @@ def _tensors(o):
     if not isinstance(o, Iterable) or isinstance(o, (str, bytes)): return []
     return [t for item in o for t in _tensors(item)]
 
-# %% ../nbs/03_accumulation.ipynb #fba91e1e
+# %% ../nbs/03_accumulation.ipynb #1950594a
 @patch
 def _step(self:GradientAccumulation):
     "Step with the mean over the window's items"
@@ -280,7 +280,7 @@ def _step(self:GradientAccumulation):
             self._stepped = True
             learn.opt.zero_grad()
 
-# %% ../nbs/03_accumulation.ipynb #5eb5ac9f
+# %% ../nbs/03_accumulation.ipynb #587dcdc2
 @patch
 def _leave_no_trace(self:GradientAccumulation):
     "A loss of no items may be NaN: show it neither to the Recorder nor to `TerminateOnNaNCallback`"
@@ -289,7 +289,7 @@ def _leave_no_trace(self:GradientAccumulation):
     if self._processes.n == 1: learn.yb = ()
     else: learn.loss += getattr(learn, 'smooth_loss', 0) # the Recorder gathers the losses of all processes
 
-# %% ../nbs/03_accumulation.ipynb #0fb29b2d
+# %% ../nbs/03_accumulation.ipynb #1bda4aee
 def _adds_up(loss_func):
     "Is it a sum?"
     loss_func = getattr(getattr(loss_func, '__self__', None), 'old_lf', loss_func)
@@ -308,14 +308,14 @@ def _open(self:GradientAccumulation):
     self.window.open(n_acc*self._processes.n, list(params), adds_up)
     self._loss,self._side = 0,self._gan_side()
 
-# %% ../nbs/03_accumulation.ipynb #89a52bb1
+# %% ../nbs/03_accumulation.ipynb #677d0d4a
 @patch
 def _gan_side(self:GradientAccumulation): return self._gan and self._gan.gen_mode
 
 _switched = """`GANTrainer` went on to its other model while a window was open, and a step would move both. Let it switch where windows
 end: `FixedGANSwitcher(n_crit, n_gen)` with whole numbers of windows, in batches, and `flush=True`."""
 
-# %% ../nbs/03_accumulation.ipynb #55bc1c64
+# %% ../nbs/03_accumulation.ipynb #411adb0a
 @patch
 def _doubt(self:GradientAccumulation, count):
     "Does the default count what the loss averages over? If that can't be, say so once"
@@ -335,7 +335,7 @@ def _doubt(self:GradientAccumulation, count):
 
 _say = 'Give it a `count` that says over how many items the loss takes its mean.'
 
-# %% ../nbs/03_accumulation.ipynb #6e67110a
+# %% ../nbs/03_accumulation.ipynb #f9130138
 @patch
 def start_fit(self:GradientAccumulation):
     cbs,self._processes = self.learn.cbs,_Processes(self.learn.model)
@@ -358,7 +358,7 @@ def _clear(self:GradientAccumulation):
     for o in (self.learn.opt, self.learn.model):
         if o is not None: o.zero_grad()
 
-# %% ../nbs/03_accumulation.ipynb #d542cb48
+# %% ../nbs/03_accumulation.ipynb #03601805
 @patch
 def before_batch(self:GradientAccumulation):
     if not self._in_fit: return
@@ -382,7 +382,7 @@ def after_batch(self:GradientAccumulation):
     self._processes.restore()
     if self._finder: self._skip_point()
 
-# %% ../nbs/03_accumulation.ipynb #1a68f6bf
+# %% ../nbs/03_accumulation.ipynb #01f86455
 @patch
 def after_train(self:GradientAccumulation): self._flush()
 @patch
@@ -399,7 +399,7 @@ def _flush(self:GradientAccumulation):
     except CancelBatchException: pass # put off
     finally: self.learn.training = training
 
-# %% ../nbs/03_accumulation.ipynb #7e95e79d
+# %% ../nbs/03_accumulation.ipynb #8b61a263
 @patch
 def after_fit(self:GradientAccumulation):
     learn = self.learn
@@ -412,7 +412,7 @@ def _no_step(self:GradientAccumulation):
     self.warn_once(f'There was no optimizer step in this fit: its batches had {items:g} items, and `n_acc` is {self.n_acc}. '
                    '`flush=True` steps at the end of each epoch.')
 
-# %% ../nbs/03_accumulation.ipynb #9cd8445b
+# %% ../nbs/03_accumulation.ipynb #433214d5
 @patch
 def before_fit(self:GradientAccumulation):
     self._finder = first(self.learn.cbs, lambda cb: isinstance(cb, LRFinder))
@@ -434,7 +434,7 @@ def _skip_point(self:GradientAccumulation):
     self.learn.train_iter -= 1
     self.learn.yb = () # fastai records no loss without targets
 
-# %% ../nbs/03_accumulation.ipynb #c230f3a9
+# %% ../nbs/03_accumulation.ipynb #57fb388d
 @patch
 def state_dict(self:GradientAccumulation):
     "The open window, between two batches of a fit"
