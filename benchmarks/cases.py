@@ -340,10 +340,10 @@ def scale_parameters(variant, quick):
         "Milliseconds to divide the gradients of `n` parameters, in a hundred tensors, by what was gathered"
         grads = [torch.ones(n)] if variant == 'one tensor' else [torch.ones(n//100) for _ in range(100)]
         params,window = [SimpleNamespace(grad=g) for g in grads],_Window()
-        window.open(64)
+        window.open(64, params)
         def close():
-            window.items,window.divisor = 72,64 # the last batch went beyond the 64 asked for
-            if variant == 'here': window.close(params)
+            window.unit = 64 # of the last batch, in a window of 72 items
+            if variant == 'here': window.measure(72)
             else:
                 for g in grads: g.mul_(64/72)
         return median(seconds(close) for _ in range(max(3, min(1000, 10**7//n))))*1000

@@ -1,28 +1,31 @@
-r"""My batch does not fit: train as if it did. The gradient of every step is the gradient of the big batch
+"""My batch does not fit: train as if it did. The gradient of every step is the gradient of the big batch
 
-A batch of 256 does not fit on the device, batches of 16 do. Gradients add up in PyTorch until they are set to zero, so 16 small batches
-can give the gradient of the big one, if each has its weight. fastai's gradient is up to twice as large, and more where one batch exceeds
-`n_acc`; it leaks into the next fit, and fails for a loss with a square root. Here:
+A batch of 256 runs out of memory on your GPU, but batches of 16 fit. Gradients add up in PyTorch until they are set to zero, so 16 small
+batches can give the gradient of the big one, if each has its weight. fastai's own class is up to twice as large, and more where one batch
+exceeds `n_acc`; it leaks into the next fit, and fails for a loss with a square root. Here:
 
-1. **A *window* is the batches from one optimizer step to the next.** It closes with the batch that brings its items to `n_acc` or
-   more. The gradient that `before_step` of any later callback sees is that of the loss over the window's items as one batch, whatever
-   the batch sizes: $\sum_i c_i g_i \big/ \sum_i c_i$ for a mean loss, where batch $i$ counts $c_i$ items and has the gradient $g_i$, and
-   $\sum_i g_i$ for a loss whose `reduction` is `'sum'`.
-2. **`count(yb)` says how many items a batch has.** Items by default; `lambda yb: (yb[0] != -100).sum()` weights by unmasked tokens or
-   pixels; `lambda yb: 1` counts batches. A batch that counts 0 leaves the gradients as they are.
-3. **`n_acc` may be a function of `pct_train`**, fastai's own schedules included. It is asked once, when a window opens.
-4. **An unfinished window goes on into the next epoch** of the same fit. `flush=True` closes it at the end of each epoch instead, with
-   the right scale. At the end of the fit, what is unfinished is dropped.
-5. **No gradient enters or leaves a fit**: not after an unfinished window, a cancel, an error or an interrupt, nor from a frozen fit into
-   the next.
-6. **Any differentiable loss works**, since nothing is changed in place. One that is neither a mean nor a sum over items, such as RMSE,
-   gets the mean of its batches' gradients, weighted by their counts. The loss that is logged is the batch's own.
-7. **Under `DistributedDataParallel` only the closing batch synchronises gradients.** `n_acc` counts items per process: all processes
-   close a window at once, when they have counted `n_acc` each on average. To know when, they add up their counts, one number a batch.
-   As always there, gradients are averaged over the processes, also those of a loss that adds up.
-8. **With `MixedPrecision` the scaler steps, and with `GradientClip` the norm is taken, once a window**, on the whole gradient.
-9. **It costs one multiplication of a number a batch**, and one fused pass over the gradients in a window that ends with other than
-   `n_acc` items.
+1. **A *window* is the batches from one optimizer step to the next.** It closes with the batch that brings its items to `n_acc` or more. The
+   gradient that any callback's `before_step` sees, once a window and at whatever order, is that of the loss over the window's items as one
+   batch, whatever the batch sizes: `Σ countᵢ·gradᵢ / Σ countᵢ` for a mean loss, `Σ gradᵢ` for a loss that sums. A window of one batch is
+   bit for bit the plain step.
+2. **`count(yb)` says how many items a batch has**, given the targets that the loss has seen, whichever callback made them. Items by
+   default; `lambda yb: (yb[0] != -100).sum()` weights by unmasked tokens or pixels; `lambda yb: 1` counts batches. A batch that counts 0
+   leaves the gradients, and the recorder's loss, as they are. `reduction='mean'` or `'sum'` says how the loss adds up where it has no
+   `reduction` of its own.
+3. **`n_acc` may be a function of `pct_train`**, fastai's own schedules included. It is called once, when a window opens.
+4. **An unfinished window continues in the next epoch** of the same fit. `flush=True` closes it at the end of each epoch instead, with the
+   right scale. At the end of the fit, what is unfinished is dropped. A fit that ends without a single step warns, once.
+5. **No gradient enters or leaves a fit**: not after an unfinished window, a cancel, an error or an interrupt, nor from a frozen fit into the
+   next.
+6. **Any differentiable loss works**, and any backward pass: the loss may be scaled or replaced, and other callbacks may call `backward`
+   too. What can't be weighted any more is refused. The loss that is logged is the batch's own.
+7. **Under `DistributedDataParallel` only the closing batch synchronises gradients.** `n_acc` counts items per process. Processes add up
+   their counts, so that all close at once: one number a batch, and for the default `count` one only where a window may close. As always
+   with DDP, gradients are averaged over processes, even for a loss that sums.
+8. **With `MixedPrecision` the scaler steps, and with `GradientClip` the norm is taken, once a window**, on the whole gradient. The learning
+   rate finder makes a point a window, and finds the big batch's rate.
+9. **It costs one fused pass over the gradients a window** of several batches, and one more for a batch that counts other than the one
+   before it. Gradients gather in the parameters' own type: with bfloat16 parameters, small ones get lost beside a large sum.
 
 Docs: https://fastcb.github.io/fastcb_training/accumulation.html.md"""
 
@@ -32,196 +35,421 @@ Docs: https://fastcb.github.io/fastcb_training/accumulation.html.md"""
 __all__ = ['GradientAccumulation']
 
 # %% ../nbs/03_accumulation.ipynb #5e82de93
-from collections.abc import Callable
-from fractions import Fraction
-from functools import partial
+from collections.abc import Callable, Iterable
+from dataclasses import is_dataclass
+from functools import partial, wraps
+from math import ceil, inf
+from operator import is_
 
 import torch
 from fastai.callback.core import CancelBackwardException, CancelBatchException, CancelStepException
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.schedule import LRFinder
+from fastai.callback.training import GradientAccumulation as FastaiAccumulation
+from fastai.learner import Learner
 from fastai.torch_core import find_bs
-from fastcore.basics import first, patch, store_attr
-from fastcore.foundation import L
+from fastcore.basics import first, patch, patch_to, store_attr
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.hooks import unserializable_hook
 
 from .core import FitCallback, check, check_amount, step_params
 
 # %% ../nbs/03_accumulation.ipynb #4d76a747
 class _Window:
-    "The batches from one optimizer step to the next; the gradients hold `Σ countᵢ·gradᵢ / divisor`"
-    last = None # Number of the epoch's last batch
-    def __init__(self): self.open()
+    "The batches of one optimizer step; the gradients hold `Σ countᵢ·gradᵢ / unit`"
+    size = None # items to gather, over all processes; None until a batch opens the window
+    ends = False # does it close with this batch, however few items it has?
 
     def open(self,
-        size:float=None, # Items to gather, `n_acc`; None until the first batch asks for it
+        size:float, # Items to gather
+        params, # Parameters whose gradients gather
         adds_up:bool=False, # Does the loss add its items up, instead of averaging them?
     ):
-        "Begin with no batch at all"
-        self.size,self.divisor,self.adds_up,self.items,self.stepped = size,size,adds_up,0,False
+        self.size,self.params,self.adds_up,self.items,self.unit = size,params,adds_up,0,None
 
-    def add(self,
-        batch:float, # Items in the batch that comes next
-    ):
-        self.batch = batch # in the weight of its gradient
-        self.share = Fraction(batch) if isinstance(batch, float) else batch # in the window; ten tenths are one
+    def grads(self): return [p.grad for p in self.params if p.grad is not None]
 
-    @unserializable_hook
-    def weigh(self, grad):
-        "The backward pass reaches the loss: the batch counts, and its gradient gets its weight"
-        self.items,self.share = self.items+self.share,0
-        return None if self.adds_up else grad*float(self.batch/self.divisor)
+    @torch.no_grad()
+    def measure(self, unit):
+        "Hold the gradients in another unit"
+        if self.unit not in (None, unit) and not self.adds_up and (grads := self.grads()):
+            torch._foreach_mul_(grads, float(self.unit/unit))
+        self.unit = unit
 
-    def close(self, params):
-        "Divide by what was gathered, where that is not what was wanted"
-        if self.items != self.divisor and not self.adds_up:
-            torch._foreach_mul_([p.grad for p in params if p.grad is not None], float(self.divisor/self.items))
-        self.divisor = self.items
+    def closes(self, items):
+        "Is the window whole with so many? Sums of floats are less by some 1e-16 of them"
+        return items > 0 and (self.ends or items*(1+1e-12) >= self.size)
+
+# %% ../nbs/03_accumulation.ipynb #518e4f8e
+class _Processes:
+    "What the processes of a `DistributedDataParallel` model do together; one process has nothing to do"
+    ddp,n = None,1 # the model, if it is one, and the number of processes
+    total = None # Items of this batch over all processes, if they asked each other
+    waits = False # Does the backward pass of this batch wait for the other processes?
+
+    def __init__(self, model):
+        self.ddp = first(model.modules(), lambda m: isinstance(m, DistributedDataParallel))
+        if self.ddp is None: return
+        self.n,self.found = dist.get_world_size(self.ddp.process_group),self.ddp.require_backward_grad_sync
+        self.items,self.batches,self.most = 0.,0,inf # own, since they asked each other; largest sum of a batch
+        self.begins = self.ddp.static_graph # such a model learns its graph in a first pass that synchronises
+
+# %% ../nbs/03_accumulation.ipynb #746827cc
+@patch
+def agree(self:_Processes, window, count, most):
+    "Before the forward pass, in which the model asks: does this batch close the window?"
+    self.batches += 1
+    self.total,self.waits = None,False
+    if self.begins or window.closes(window.items+self.batches*self.most):
+        self.count = count()
+        self.exchange(window, self.count, most)
+        self.waits,self.begins = self.begins or window.closes(window.items+self.total),False
+    self.ddp.require_backward_grad_sync = self.waits
+
+@patch
+def exchange(self:_Processes, window, count, most):
+    "Add up what each has gathered, the items of this batch, and the most that a batch can have"
+    numbers = torch.tensor([self.items, count, most], dtype=torch.float64, device=self.ddp.device)
+    items,self.total,self.most = self.add_up(numbers).tolist()
+    window.items,self.items,self.batches = window.items+items,0.,0
+
+@patch
+def add_up(self:_Processes, t):
+    "`t` added up over the processes, in place"
+    dist.all_reduce(t, group=self.ddp.process_group)
+    return t
+
+@patch
+def restore(self:_Processes):
+    "Leave the model's synchronising as it was found"
+    if self.ddp: self.ddp.require_backward_grad_sync = self.found
+
+# %% ../nbs/03_accumulation.ipynb #2efa22d3
+@patch
+def unit(self:_Processes, window, count):
+    "The unit of the gradients in this batch; that of all processes, where they synchronise"
+    if self.total is None: return count
+    if count != self.count: raise RuntimeError(
+        f'`GradientAccumulation` counted {self.count:g} items before the forward pass, where several '
+        f'processes need to know, and {count:g} after the loss. A callback that makes targets has to do so '
+        'in `before_batch`, with an `order` below 6.')
+    return self.total/self.n or window.unit or window.size
+
+@patch
+def count_in(self:_Processes, window, count):
+    "The gradient of a batch has arrived"
+    if self.ddp is None: window.items += count
+    elif self.total is None: self.items += count
+    else: window.items += self.total
+
+@patch
+def average(self:_Processes, window):
+    "Average the gradients as the model would, even of parameters that only some of the processes have used"
+    if self.ddp is None: return
+    self.exchange(window, 0, self.most/self.n)
+    window.measure(window.size)
+    used = torch.tensor([float(p.grad is not None) for p in window.params], device=self.ddp.device)
+    for p in (p for p,n in zip(window.params, self.add_up(used)) if n):
+        if p.grad is None: p.grad = torch.zeros_like(p)
+        self.add_up(p.grad).div_(self.n)
 
 # %% ../nbs/03_accumulation.ipynb #9687cb69
 class GradientAccumulation(FitCallback):
     "Step when `n_acc` items have been trained, with the gradient of all of them as one batch"
-    order,run_valid = MixedPrecision.order-4,False # the scaler unscales and steps once a window is whole
-    _ddp,_stateattrs = None,('_ddp',)
+    order,run_valid = MixedPrecision.order-4,False # fastai's own, before the scaler
+    _processes = _finder = None
+    _stepped = False # has there been a step in this fit?
+    _stateattrs = '_in_fit','_processes','_finder' # a copy of a callback in a fit is in none
 
     def __init__(self,
-        n_acc:float|Callable=32, # Items in a window, above 0, or a function of `pct_train` (0 to 1) that gives them
+        n_acc:float|Callable=32, # Items in a window, above 0, or a function of `pct_train` (0 to 1)
         *,
-        count:Callable=find_bs, # How many items a batch has, 0 or above, given its targets `yb`, a tuple
-        flush:bool=False, # Close an unfinished window at the end of each epoch?
+        count:Callable=find_bs, # Items in a batch, 0 or more, from its targets `yb` (a tuple)
+        flush:bool=False, # Step at the end of each epoch with what an unfinished window holds?
+        reduction:str=None, # How the loss adds up its items, 'mean' or 'sum'; None: as its own `reduction` says
     ):
         store_attr()
         if not callable(n_acc): check_amount('n_acc', n_acc)
         check('count', count, Callable, 'a function of the targets')
         check('flush', flush, bool, 'True or False')
+        check('reduction', reduction, (str, type(None)), f'None or one of {_reductions}',
+              lambda o: o in (None, *_reductions))
         self.window = _Window()
 
-    def start_fit(self): self._drop()
-    def before_batch(self): self._count()
-    def before_backward(self): self._hang()
-    def before_step(self): self._decide()
-    def after_step(self): self._reopen()
-    def after_cancel_batch(self): self._zero()
-    def after_batch(self): self._done()
-    def after_train(self): self._flush()
-    def after_cancel_epoch(self): self._flush()
-    def end_fit(self): self._drop()
+_reductions = 'mean','sum'
 
-# %% ../nbs/03_accumulation.ipynb #e8c40974
+# %% ../nbs/03_accumulation.ipynb #90973619
+_fastai_grad_opt = Learner._do_grad_opt
+
+@patch_to(Learner)
+@wraps(_fastai_grad_opt)
+def _do_grad_opt(self):
+    acc = first(self.cbs, lambda cb: isinstance(cb, GradientAccumulation) and cb._in_fit)
+    return acc._grad_opt() if acc else _fastai_grad_opt(self)
+
+# %% ../nbs/03_accumulation.ipynb #9c671cf0
+@patch
+def _grad_opt(self:GradientAccumulation):
+    "fastai's `_do_grad_opt`, with a step only where the window is whole"
+    window,processes = self.window,self._processes
+    count = self._count()
+    self._doubt(count)
+    unit = processes.unit(window, count)
+    if count or processes.waits: self._gather(count, unit)
+    else: processes.count_in(window, count)
+    if self._finder: self._loss += self.learn.loss.detach()*(1 if window.adds_up else count)
+    if not count: self._leave_no_trace()
+    if not window.closes(window.items): raise CancelBatchException # as fastai's, past `step` and `zero_grad`
+    self._step()
+
+# %% ../nbs/03_accumulation.ipynb #74ebeadf
 @patch
 def _count(self:GradientAccumulation):
-    window,learn = self.window,self.learn
-    if learn.iter == 0: window.last = learn.n_iter-1 # `validate` in mid-epoch changes `n_iter`
-    if window.size is None:
-        self._zero()
-        n_acc = self.n_acc(learn.pct_train) if callable(self.n_acc) else self.n_acc
-        window.open(check_amount('n_acc', n_acc), _adds_up(learn.loss_func))
-    window.add(check_amount('count', self.count(learn.yb), zero=True) if learn.yb else 0)
-    if self._ddp: self._agree()
+    yb = self.learn.yb
+    if not isinstance(yb, (tuple, list)): yb = (yb,)
+    return check_amount('count', self.count(yb), zero=True) if yb else 0
 
-# %% ../nbs/03_accumulation.ipynb #babffe0a
+# %% ../nbs/03_accumulation.ipynb #4052f662
+def _marks(params):
+    "The gradients, and their versions, which PyTorch raises with each change in place"
+    grads = [g for p in params if (g := p.grad) is not None]
+    return grads, [g._version for g in grads]
+
+def _moved(marks, params):
+    "Have the gradients changed since?"
+    (grads,versions),(now,versions_now) = marks,_marks(params)
+    return versions != versions_now or not all(map(is_, grads, now))
+
+@patch
+def _gather(self:GradientAccumulation, count, unit):
+    "Add the gradient of a batch to those that the window holds"
+    window,processes,learn = self.window,self._processes,self.learn
+    early,self._before = _moved(self._before, window.params),None # holds no gradient longer than needed
+    if early and window.unit not in (None, unit) and not window.adds_up: raise RuntimeError(_too_early)
+    window.measure(unit)
+    before = _marks(window.params)
+    weight = 1 if window.adds_up or not count else count/unit # other than 1 where processes count differently
+    if not count: learn.loss_grad = sum(o.sum() for o in _tensors(learn.pred))*0 # the others wait for this one
+    def backward():
+        "Differentiate what the others have made of the loss"
+        nonlocal weight
+        loss = learn.loss_grad
+        if weight != 1: learn.loss_grad,weight = loss*weight,1
+        try: learn._backward()
+        finally: learn.loss_grad = loss
+    try: learn._with_events(backward, 'backward', CancelBackwardException)
+    finally:
+        moved = early or _moved(before, window.params)
+        if moved or not count: processes.count_in(window, count)
+    if moved and weight != 1: raise RuntimeError(_own_pass)
+
+_too_early = """A callback called `backward` before the loss was known to `GradientAccumulation`, in a window whose batches count
+differently. It has to do so in `before_backward` or later."""
+_own_pass = """A callback did the backward pass itself and cancelled fastai's, while the processes count differently.
+`GradientAccumulation` can't weight its gradient."""
+
+def _tensors(o):
+    "The tensors in a nest of them"
+    if isinstance(o, torch.Tensor): return [o]
+    if is_dataclass(o): o = vars(o)
+    if isinstance(o, dict): o = o.values()
+    if not isinstance(o, Iterable) or isinstance(o, (str, bytes)): return []
+    return [t for item in o for t in _tensors(item)]
+
+# %% ../nbs/03_accumulation.ipynb #1950594a
+@patch
+def _step(self:GradientAccumulation):
+    "Step with the mean over the window's items"
+    window,learn = self.window,self.learn
+    window.measure(window.items/self._processes.n)
+    self._average_loss()
+    try:
+        try:
+            learn('before_step')
+            window.size = None # over, whatever comes now
+            learn._step()
+        except CancelStepException:
+            window.size = None
+            learn('after_cancel_step')
+        learn('after_step')
+    except CancelBatchException:
+        if window.size and not any(g.any() for g in window.grads()): window.size = None
+        raise
+    finally:
+        if window.size is None:
+            self._stepped = True
+            learn.opt.zero_grad()
+
+# %% ../nbs/03_accumulation.ipynb #587dcdc2
+@patch
+def _leave_no_trace(self:GradientAccumulation):
+    "A loss of no items may be NaN: show it neither to the Recorder nor to `TerminateOnNaNCallback`"
+    learn = self.learn
+    learn.loss = torch.zeros_like(learn.loss)
+    if self._processes.n == 1: learn.yb = ()
+    else: learn.loss += getattr(learn, 'smooth_loss', 0) # the Recorder gathers the losses of all processes
+
+# %% ../nbs/03_accumulation.ipynb #1bda4aee
 def _adds_up(loss_func):
-    "Is it a sum? `MixUp` and `CutMix` keep the user's loss in `old_lf`"
+    "Is it a sum?"
     loss_func = getattr(getattr(loss_func, '__self__', None), 'old_lf', loss_func)
     if not isinstance(loss_func, partial): return getattr(loss_func, 'reduction', 'mean') == 'sum'
     if 'reduction' in loss_func.keywords: return loss_func.keywords['reduction'] == 'sum'
     return _adds_up(loss_func.func)
 
-# %% ../nbs/03_accumulation.ipynb #8645d832
 @patch
-def _hang(self:GradientAccumulation):
-    self._desync() # the forward pass has read it, and what fails from here on leaves it so
-    if not self.window.batch: self._pass_over()
-    self.learn.loss_grad.register_hook(self.window.weigh)
+def _open(self:GradientAccumulation):
+    learn,loss_func = self.learn,self.learn.loss_func
+    n_acc = check_amount('n_acc', self.n_acc(learn.pct_train) if callable(self.n_acc) else self.n_acc)
+    if self.count is not find_bs and hasattr(getattr(loss_func, '__self__', None), 'old_lf'): raise ValueError(
+        f'`{type(loss_func.__self__).__name__}` takes the mean over all items, masked or not: leave `count` out')
+    params = dict.fromkeys([*step_params(learn.opt), *learn.model.parameters()]) # the loss may have some, too
+    adds_up = self.reduction == 'sum' if self.reduction else _adds_up(loss_func)
+    self.window.open(n_acc*self._processes.n, list(params), adds_up)
+    self._loss,self._side = 0,self._gan_side()
 
-# %% ../nbs/03_accumulation.ipynb #9598861f
+# %% ../nbs/03_accumulation.ipynb #677d0d4a
 @patch
-def _decide(self:GradientAccumulation):
-    if not self._closes(self.window.items): raise CancelBatchException
-    self.window.close(step_params(self.learn.opt))
+def _gan_side(self:GradientAccumulation): return self._gan and self._gan.gen_mode
 
-# %% ../nbs/03_accumulation.ipynb #aa723438
+_switched = """`GANTrainer` went on to its other model while a window was open, and a step would move both. Let it switch where windows
+end: `FixedGANSwitcher(n_crit, n_gen)` with whole numbers of windows, in batches, and `flush=True`."""
+
+# %% ../nbs/03_accumulation.ipynb #411adb0a
 @patch
-def _closes(self:GradientAccumulation, items):
-    "Is a window of so many items whole?"
-    return items >= self.window.size or (self.flush and items > 0 and self.learn.iter == self.window.last)
+def _doubt(self:GradientAccumulation, count):
+    "Does the default count what the loss averages over? If that can't be, say so once"
+    if self.count is not find_bs or self._warned or self.window.adds_up: return
+    xb,yb = self.learn.xb,self.learn.yb
+    dicts = isinstance(yb[0], (tuple, list)) and len(yb[0]) and isinstance(yb[0][0], dict)
+    each = yb[0].numel()/count if count and hasattr(yb[0], 'numel') else None
+    if dicts:
+        self.warn_once(f'`GradientAccumulation` counts {count:g} items in a batch of {len(yb[0])} dicts. {_say}')
+    elif xb and count != find_bs(xb):
+        self.warn_once(f'`GradientAccumulation` counts {count:g} items, the length of the targets, '
+                       f'in a batch whose inputs have {find_bs(xb)}. {_say}')
+    elif each and self._each and each != self._each:
+        self.warn_once(f'`GradientAccumulation` counts items, and an item has {each:g} targets here, '
+                       f'{self._each:g} before. {_say}')
+    else: self._each = each
 
-# %% ../nbs/03_accumulation.ipynb #2961a26e
+_say = 'Give it a `count` that says over how many items the loss takes its mean.'
+
+# %% ../nbs/03_accumulation.ipynb #f9130138
 @patch
-def _reopen(self:GradientAccumulation):
-    self.window.open()
-    self.window.stepped = True
+def start_fit(self:GradientAccumulation):
+    cbs,self._processes = self.learn.cbs,_Processes(self.learn.model)
+    if len(two := [cb for cb in cbs if isinstance(cb, (GradientAccumulation, FastaiAccumulation))]) > 1:
+        raise ValueError(f'A fit can have one `GradientAccumulation`, not {len(two)}')
+    self._gan = first(cbs, lambda cb: 'gen_mode' in vars(cb))
+    self._stepped,self._each,self._last = False,None,None
+    self._clear()
 
 @patch
-def _zero(self:GradientAccumulation):
-    if self.window.stepped: self.learn.opt.zero_grad()
-    self.window.stepped = False
+def end_fit(self:GradientAccumulation):
+    self._processes.restore()
+    self._finder = None
+    self._clear()
 
 @patch
-def _done(self:GradientAccumulation):
-    self.window.stepped = False
-    self._desync()
+def _clear(self:GradientAccumulation):
+    "No gradient enters a fit, and none leaves it; opt and model may each have parameters that the other has not"
+    self.window.size,self.window.params = None,()
+    for o in (self.learn.opt, self.learn.model):
+        if o is not None: o.zero_grad()
 
-# %% ../nbs/03_accumulation.ipynb #48a81c0f
+# %% ../nbs/03_accumulation.ipynb #03601805
+@patch
+def before_batch(self:GradientAccumulation):
+    if not self._in_fit: return
+    learn,window = self.learn,self.window
+    if learn.iter == 0 or self._last is None: self._last = learn.n_iter-1 # a `validate` in mid-epoch changes it
+    if window.size is None: self._open()
+    window.ends = self.flush and learn.iter == self._last
+    if window.unit and self._gan_side() != self._side: raise RuntimeError(_switched)
+    self._before = _marks(window.params)
+    if self._finder: self._finder.run = True
+    if self._processes.ddp: self._processes.agree(window, self._count, self._most())
+
+@patch
+def _most(self:GradientAccumulation):
+    "The most that a batch can count: the loader knows for items"
+    return getattr(self.learn.dl, 'bs', None) or inf if self.count is find_bs else inf
+
+@patch
+def after_batch(self:GradientAccumulation):
+    if not self._in_fit: return
+    self._processes.restore()
+    if self._finder: self._skip_point()
+
+# %% ../nbs/03_accumulation.ipynb #01f86455
+@patch
+def after_train(self:GradientAccumulation): self._flush()
+@patch
+def after_cancel_epoch(self:GradientAccumulation): self._flush()
+
 @patch
 def _flush(self:GradientAccumulation):
-    learn,window = self.learn,self.window
-    if not (self.flush and self._in_fit and window.items): return
-    size,window.size = window.size,0 # whole as it is
-    training,learn.training = learn.training,True # also if somebody has validated since
-    if self._ddp: self._average()
-    try: learn._with_events(learn._step, 'step', CancelStepException)
-    except CancelBatchException: window.size = size # put off by somebody else
-    self._zero()
-    learn.training = training
+    "The end of an epoch's training: step with what there is"
+    if not (self.flush and self._in_fit and self.window.size): return
+    self._processes.average(self.window)
+    if not self.window.items: return # the last batch has stepped
+    training,self.learn.training = self.learn.training,True # even if a callback has just validated
+    try: self._step()
+    except CancelBatchException: pass # put off
+    finally: self.learn.training = training
 
-# %% ../nbs/03_accumulation.ipynb #01d56a76
+# %% ../nbs/03_accumulation.ipynb #8b61a263
 @patch
-def _drop(self:GradientAccumulation):
-    self.window.open()
-    for o in (self.learn.opt, self.learn.model): o.zero_grad()
-    self._desync()
-    self._ddp = first(self.learn.model.modules(), lambda m: isinstance(m, DistributedDataParallel))
-    self._found = self._ddp and self._ddp.require_backward_grad_sync
-
-# %% ../nbs/03_accumulation.ipynb #103f88c9
-@patch
-def _agree(self:GradientAccumulation):
-    window,ddp = self.window,self._ddp
-    total = _sum(torch.tensor(float(window.batch), dtype=torch.float64, device=ddp.device), ddp)
-    window.share = Fraction(total.item())/dist.get_world_size(ddp.process_group) # thirds do not add up to whole floats
-    ddp.require_backward_grad_sync = self._synchronises()
+def after_fit(self:GradientAccumulation):
+    learn = self.learn
+    if self._in_fit and not self._looking and not self._stepped and learn.train_iter: self._no_step()
+    FitCallback.after_fit(self)
 
 @patch
-def _synchronises(self:GradientAccumulation): return self._closes(self.window.items+self.window.share)
+def _no_step(self:GradientAccumulation):
+    self._warned,items = False,self.window.items if self.window.size else 0
+    self.warn_once(f'There was no optimizer step in this fit: its batches had {items:g} items, and `n_acc` is {self.n_acc}. '
+                   '`flush=True` steps at the end of each epoch.')
 
-# %% ../nbs/03_accumulation.ipynb #83a3511a
+# %% ../nbs/03_accumulation.ipynb #433214d5
 @patch
-def _desync(self:GradientAccumulation):
-    "Leave the synchronising as it was found"
-    if self._ddp: self._ddp.require_backward_grad_sync = self._found
+def before_fit(self:GradientAccumulation):
+    self._finder = first(self.learn.cbs, lambda cb: isinstance(cb, LRFinder))
+    if not self._finder: return
+    n_acc,dl = self.n_acc(0.) if callable(self.n_acc) else self.n_acc,self.learn.dls.train
+    least = min(getattr(dl, 'bs', None) or 1, getattr(dl, 'n', None) or 1) if self.count is find_bs else 1
+    if n_acc > least: # epochs enough for `num_it` windows; an epoch's last batch may be short
+        self.learn.n_epoch = ceil(self._finder.num_it*2*ceil(n_acc/least)/len(dl))+1
 
-def _sum(t, ddp):
-    "`t`, added up over all processes in place"
-    dist.all_reduce(t, group=ddp.process_group)
-    return t
-
-# %% ../nbs/03_accumulation.ipynb #b188b0d8
 @patch
-def _pass_over(self:GradientAccumulation):
-    "No backward pass, unless the other processes wait for this one: then one that adds zeros"
-    if not (self._ddp and self._synchronises()):
-        self.window.items += self.window.share
-        raise CancelBackwardException
-    self.learn.loss_grad = sum(o.sum() for o in L(self.learn.pred))*0
+def _average_loss(self:GradientAccumulation):
+    if self._finder and self.learn.yb: self.learn.loss = self._loss/(1 if self.window.adds_up else self.window.items)
 
-# %% ../nbs/03_accumulation.ipynb #5a4d1881
 @patch
-def _average(self:GradientAccumulation):
-    "What a closing batch does in its backward pass, also for a parameter that some of the processes did not use"
-    params,ddp = list(step_params(self.learn.opt)),self._ddp
-    used = _sum(torch.tensor([float(p.grad is not None) for p in params], device=ddp.device), ddp)
-    for p in (p for p,n in zip(params, used) if n):
-        if p.grad is None: p.grad = torch.zeros_like(p)
-        _sum(p.grad, ddp).div_(dist.get_world_size(ddp.process_group))
+def _skip_point(self:GradientAccumulation):
+    "After a batch that has not stepped: no point"
+    self._finder.run = self.window.size is None
+    if self._finder.run: return
+    self.learn.train_iter -= 1
+    self.learn.yb = () # fastai records no loss without targets
+
+# %% ../nbs/03_accumulation.ipynb #57fb388d
+@patch
+def state_dict(self:GradientAccumulation):
+    "The open window, between two batches of a fit"
+    window,state = self.window,dict(stepped=self._stepped)
+    if window.size is None: return state
+    own = self._processes.items if self._processes.ddp else 0.
+    return state | dict(size=window.size, adds_up=window.adds_up, items=window.items, unit=window.unit, own=own,
+                        grads=[p.grad for p in window.params])
+
+@patch
+def load_state_dict(self:GradientAccumulation, state):
+    self._stepped = state['stepped']
+    if 'size' not in state: return
+    self._open()
+    window = self.window
+    window.size,window.adds_up,window.items,window.unit = (state[o] for o in ('size', 'adds_up', 'items', 'unit'))
+    if self._processes.ddp: self._processes.items = state['own']
+    for p,g in zip(window.params, state['grads']): p.grad = None if g is None else g.to(p.device, copy=True)

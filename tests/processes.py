@@ -47,6 +47,26 @@ class Branches(nn.Module):
     def forward(self, x): return (self.others if dist.get_rank() else self.first)(x)
 
 
+class Named(nn.Linear):
+    "A model whose predictions are a dict"
+    def forward(self, x): return dict(pred=super().forward(x), more=[x])
+
+class Asked(Callback):
+    "Count the exchanges between processes that are `GradientAccumulation`'s"
+    order = 7 # after it
+    def before_train(self):
+        acc = self.learn.gradient_accumulation._processes
+        self.n,exchange = getattr(self, 'n', 0),type(acc).exchange
+        def counted(*args):
+            self.n += 1
+            return exchange(acc, *args)
+        acc.exchange = counted
+
+class Late(Callback):
+    "Targets that are there in `after_pred` only"
+    def before_batch(self): self.kept,self.learn.yb = self.yb,()
+    def after_pred(self): self.learn.yb = self.kept
+
 def twice_loss(learn):
     "A loss that calls the model again"
     return lambda pred, targ: F.mse_loss(pred, targ)+F.mse_loss(learn.model(learn.xb[0]), targ)
@@ -56,8 +76,25 @@ def masked_mse(pred, targ):
     keep = ~targ.isnan()
     return (keep*(pred-targ.nan_to_num())**2).sum()/keep.sum()
 
+def named_mse(pred, targ): return masked_mse(pred['pred'], targ)
+
 def unmasked(yb): return (~yb[0].isnan()).sum()
 
+
+def own_pass(cb):
+    cb.learn.loss_grad.backward()
+    raise CancelBackwardException
+
+def refused(*cbs, **kwargs):
+    "What a fit on all processes says no with"
+    try: fit([*cbs], **kwargs)
+    except RuntimeError as e: return str(e)
+
+def asked():
+    "How often the processes ask each other in two epochs"
+    cb = Asked()
+    fit([GradientAccumulation(8), cb])
+    return cb.n
 
 def cancel_last(cb):
     if cb.training and cb.iter == cb.n_iter-1: raise CancelBatchException
@@ -114,12 +151,17 @@ cases = dict(
     branches=lambda: fit([GradientAccumulation(100, flush=True), At('before_batch', cancel_last)], model=Branches),
     unused=lambda: fit([GradientAccumulation(8)], model=Twice, ctx=dict(
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])),
+    named=lambda: fit([GradientAccumulation(3, count=unmasked)], loss_func=named_mse, mask=mask, model=lambda: Named(3, 1)),
+    static=lambda: fit([GradientAccumulation(8)], ctx=dict(kwargs_handlers=[DistributedDataParallelKwargs(static_graph=True)])),
+    own=lambda: fit([GradientAccumulation(8), At('before_backward', own_pass)]),
     clipped=lambda: fit([GradientAccumulation(8), GradientClip(.5)]),
     overflow=lambda: fit([GradientClip(.5), At('before_backward', overflow_on_last, it=1)]),
     cancelled=lambda: fit([GradientAccumulation(12), At('after_loss', stop(CancelFitException), it=1)]),
     failed=lambda: fit([GradientAccumulation(12), At('after_loss', stop(ValueError('on purpose')), it=1)], fails=(ValueError,)),
     failed_on_learner=lambda: fit([At('after_backward', stop(ValueError('on purpose')), it=1)], fails=(ValueError,),
                                   on_learner=[GradientAccumulation(12)]),
+    late=lambda: refused(GradientAccumulation(8), Late),
+    asked=asked,
     short=lambda: fit([ShortEpochCallback(.4)], lr=0.),
     resumed=lambda: fit([ShortEpochCallback(n_batches=2, resume=True)], n_epoch=5, shuffle=True, lr=0.),
     micro=lambda: fit([MicroBatch(3)]),

@@ -30,7 +30,8 @@ refusals = {
         'n_acc': {ValueError: [*not_above_0, inf],
                   TypeError: [None, True, False, '', '32', b'1', [], [32], {}, 1j, Decimal(32), array([32]), tensor([16, 32])]},
         'count': {TypeError: [None, True, 0, 3, nan, inf, '', 'len', [], [len], {}]},
-        'flush': no_bools},
+        'flush': no_bools,
+        'reduction': {ValueError: ['', 'none', 'Mean', 'sums'], TypeError: [True, 0, 1, nan, b'sum', [], ['sum'], len]}},
     'GradientClip': {
         'max_norm': {ValueError: not_above_0, TypeError: no_numbers},
         'norm_type': {ValueError: not_above_0, TypeError: no_numbers},

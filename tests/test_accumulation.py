@@ -1,5 +1,5 @@
 "GradientAccumulation and GradientClip, held against the big batch itself"
-import warnings
+import pickle, warnings
 
 import pytest
 from hypothesis import given, strategies as st
@@ -737,3 +737,275 @@ def test_names_that_the_model_has_too():
     with shown('always') as seen:
         learner(spoil(batches_of(*[4]*6), 5, nan), Named(3, 1)).fit(2, .01, cbs=[Acc(8), Clip()])
     assert about_norm(seen) and not [o for o in seen if 'shadowing' in str(o.message)]
+
+
+# Whoever stands beside us
+
+def plain(loss_func=F.mse_loss): return dict(loss_func=loss_func)
+
+class Adapter(Callback):
+    "Targets that come late, by a callback of any `order`: away in `before_batch`, back in `after_pred`; shortened, too"
+    def __init__(self, order): self.order = order
+    def before_batch(self): self.kept,self.learn.yb = self.yb,()
+    def after_pred(self): self.learn.yb,self.learn.pred = (self.kept[0][:3],),self.pred[:3]
+
+@pytest.mark.parametrize('order', [-20, 0, 5, 7, 60, inf])
+def test_targets_are_those_that_the_loss_has_seen(order):
+    batches = batches_of(4, 5, 3, 4, 4, 6)
+    short = [tuple(o[:3] for o in b) for b in batches]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # as many targets as inputs are the default's assumption
+        check(learner(batches), [Acc(6), Adapter(order)], windows(short, 6))
+
+class Masked(Callback):
+    "As tsai's masked pretraining: the targets are the inputs, made after everybody"
+    order = 60
+    def before_batch(self): self.learn.yb,self.learn.xb = (self.x[:, :1],),(self.x*.5,)
+
+def test_targets_made_by_a_callback_of_order_60():
+    batches = batches_of(*[4]*12)
+    wins = windows([(x*.5, x[:, :1]) for x,_ in batches], 8)
+    def unlabelled(cb): cb.learn.yb = ()
+    assert len(check(learner(batches), [Acc(8), Masked, At('before_batch', unlabelled, order=-30)], wins).grads) == 6
+
+class Scaled(Callback):
+    "fastai's `NonNativeMixedPrecision`, but for the half precision: it scales the loss, and the gradients back"
+    def __init__(self, order, inplace, overflow=()): self.order,self.inplace,self.overflow,self.n = order,inplace,overflow,0
+    def before_backward(self):
+        if self.inplace: self.learn.loss_grad *= 512
+        else: self.learn.loss_grad = self.loss_grad*512
+    def before_step(self):
+        self.n += 1
+        if self.n-1 in self.overflow:
+            self.model.zero_grad()
+            raise CancelBatchException
+        for p in self.model.parameters(): p.grad /= 512
+    def after_batch(self):
+        if self.training: self.learn.loss_grad /= 512
+
+@pytest.mark.parametrize('order', [-20, 0, 5, 7, 10])
+@pytest.mark.parametrize('inplace', [True, False])
+@pytest.mark.parametrize('n_acc', [8, 7])
+def test_loss_scaled_by_a_callback(order, inplace, n_acc):
+    batches = batches_of(4, 4, 5, 3, 4, 4)
+    check(learner(batches), [Acc(n_acc), Scaled(order, inplace)], windows(batches, n_acc))
+
+def test_overflow_that_another_callback_drops():
+    batches = batches_of(4, 4, 5, 3, 4, 4)
+    check(learner(batches), [Acc(8), Scaled(10, True, overflow=[1])], [batches[:2], batches[4:]])
+
+@pytest.mark.parametrize('order', [-inf, -20, 0, 5, 7, 100])
+def test_before_step_is_called_once_a_window_on_the_whole_gradient(order):
+    batches,seen = batches_of(4, 5, 3, 4, 4, 6),[]
+    learn,wins = learner(batches),windows(batches, 8)
+    backward = []
+    look = At('before_step', lambda cb: seen.append(flat_grads(cb.learn.model)), order=order)
+    each = At('after_backward', lambda cb: backward.append(1), order=order)
+    steps = check(learn, [Acc(8), look, each], wins)
+    assert len(seen) == len(wins) and len(backward) == len(batches)
+    assert all(torch.equal(a, b) for a,b in zip(seen, steps.grads))
+
+@pytest.mark.parametrize('order', [-20, 0, 100])
+def test_a_gradient_set_in_before_step_is_stepped(order):
+    "A clip of one's own, where the window ends with other than `n_acc` items"
+    batches = batches_of(*[64]*3)
+    def clip(cb): nn.utils.clip_grad_norm_(cb.learn.model.parameters(), .001)
+    steps = Steps()
+    learner(batches).fit(1, .001, cbs=[Acc(), At('before_step', clip, order=order), steps])
+    assert [round(g.norm().item(), 6) for g in steps.grads] == [.001]*3
+
+def test_tied_parameters_are_scaled_once():
+    batches = batches_of(4, 5, 3, 4)
+    model = nn.Linear(3, 1)
+    learn = learner(batches, model, splitter=lambda m: [[m.weight], [m.weight, m.bias]])
+    check(learn, Acc(8), windows(batches, 8), lr=0.)
+
+@pytest.mark.parametrize('empty', [{0}, {2}, {5}, {0, 1}])
+def test_a_batch_that_counts_0_leaves_no_trace(empty):
+    "The Recorder's losses are those of the other batches, and `TerminateOnNaNCallback` goes on"
+    batches = batched([o.clone() for o in items(24)], 4)
+    for i in empty: spoil(batches, i, nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn,without = learner(batches),learner([b for i,b in enumerate(batches) if i not in empty])
+        end = TerminateOnNaNCallback()
+        end.run_valid = False # the batch to validate may be the same
+        check(learn, [Acc(8, count=finite_items), end], windows(batches, 8, skip=empty, count=finite_items))
+        without.fit(1, .001, cbs=Acc(8))
+    assert torch.equal(torch.stack(learn.recorder.losses), torch.stack(without.recorder.losses))
+    assert learn.recorder.values[0][0] == without.recorder.values[0][0]
+
+def own_mse(pred, targ): return (pred-targ).square().sum()
+
+@pytest.mark.parametrize('reduction, loss_func', [('sum', own_mse), ('mean', F.mse_loss), ('mean', MSELossFlat(reduction='sum'))])
+def test_reduction_can_be_said(reduction, loss_func):
+    batches = batches_of(4, 5, 3, 4)
+    steps = Steps()
+    learner(batches, loss_func=loss_func).fit(1, 0., cbs=[Acc(8, reduction=reduction), steps])
+    for grad,window in zip(steps.grads, windows(batches, 8)):
+        parts = [big_grad(steps.twin, loss_func, [b]) for b in window]
+        if reduction == 'mean': parts = [g*len(b[0])/sum(len(b[0]) for b in window) for g,b in zip(parts, window)]
+        assert torch.allclose(grad, sum(parts), rtol=1e-5)
+
+@pytest.mark.parametrize('bad, exc', [('none', ValueError), ('', ValueError), (1, TypeError), (True, TypeError)])
+def test_reduction_that_makes_no_sense(bad, exc):
+    with pytest.raises(exc, match='`reduction`'): Acc(reduction=bad)
+
+@pytest.mark.parametrize('mix', [MixUp, CutMix])
+def test_mixed_targets_can_not_be_counted(mix):
+    batches = batched((torch.randn(8, 1, 6, 6), torch.randint(3, (8,))), 4)
+    learn = learner(batches, nn.Sequential(nn.Flatten(), nn.Linear(36, 3)), CrossEntropyLossFlat())
+    with pytest.raises(ValueError, match=f'`{mix.__name__}`.*`count`'): learn.fit(1, cbs=[mix, Acc(8, count=unmasked)])
+
+def ours_said(seen): return [str(o.message) for o in seen if '`GradientAccumulation`' in str(o.message) or '`n_acc`' in str(o.message)]
+
+def concat_loss(pred, targ): return pred.square().mean()*targ.float().mean()
+
+def test_a_default_that_is_wrong_says_so_once():
+    boxes = lambda k: [dict(boxes=torch.randn(k, 4)) for _ in range(4)]
+    def dict_loss(pred, targ): return pred.square().mean()
+    x = torch.randn(4, 3)
+    for ys,loss_func in (([boxes(3), boxes(4)], dict_loss), ([torch.ones(9), torch.ones(7)], concat_loss),
+                         ([torch.ones(4, 7), torch.ones(4, 5)], concat_loss)):
+        learn = learner(batches_of(4, 4), loss_func=loss_func)
+        def put(cb):
+            if cb.training: cb.learn.yb = (ys[cb.iter],)
+        for count,n in ((find_bs, 1), (lambda yb: 4, 0)):
+            with shown() as seen: learn.fit(1, 0., cbs=[Acc(8, count=count), At('after_pred', put)])
+            assert len([o for o in ours_said(seen) if '`count`' in o]) == n, (ys, ours_said(seen))
+
+@pytest.mark.parametrize('place', ['fit', 'learner'])
+def test_a_fit_without_a_step_says_so_once(place):
+    cbs,batches = [Acc(100)],batches_of(*[4]*3)
+    learn = learner(batches, cbs=cbs if place == 'learner' else [])
+    for _ in range(2):
+        with shown() as seen: learn.fit(2, cbs=cbs if place == 'fit' else [])
+        assert len(ours_said(seen)) == 1 and all(o in ours_said(seen)[0] for o in ('24', '100', '`n_acc`', '`flush=True`'))
+        assert __file__ == [o for o in seen if '`n_acc`' in str(o.message)][0].filename
+    with shown() as seen:
+        learn.fit(0, cbs=cbs if place == 'fit' else [])
+        learner(batches).fit(2, cbs=Acc(24))
+        learner(batches).fit(1, cbs=Acc(100, flush=True))
+    assert not ours_said(seen)
+
+def found(learn, **kwargs):
+    "What `lr_find` recorded"
+    learn.lr_find(num_it=20, show_plot=False, suggest_funcs=None, stop_div=False, **kwargs)
+    return np.stack([learn.recorder.lrs, torch.stack(learn.recorder.losses)])
+
+def test_the_learning_rate_finder_goes_by_windows(tmp_path):
+    "It finds the rates of the big batch, with as many points"
+    data = items(96)
+    small = learner(batched(data, 4), cbs=Acc(24), path=tmp_path)
+    big = learner(batched(data, 24), path=tmp_path)
+    start = weights(small.model)
+    a,b = found(small),found(big)
+    assert a.shape == b.shape == (2, 20) and np.allclose(a, b, rtol=1e-4)
+    assert torch.equal(weights(small.model), start)
+    check(small, [], windows(batched(data, 4), 24))
+
+class Two(nn.Module):
+    "Two models, of which one is trained at a time, as fastai's `GANModule`"
+    def __init__(self): super().__init__(); self.a,self.b,self.on = nn.Linear(3, 1),nn.Linear(3, 1),False
+    def forward(self, x): return (self.b if self.on else self.a)(x)
+
+class Side(Callback):
+    "As `GANTrainer` with `FixedGANSwitcher(n, n)`"
+    def __init__(self, n): self.n,self.i = n,0
+    def before_fit(self): self.switch(False)
+    def switch(self, on):
+        self.gen_mode = self.model.on = on
+        for m,rg in ((self.model.a, not on), (self.model.b, on)): m.requires_grad_(rg)
+    def after_batch(self):
+        self.i += 1
+        if self.training and not self.i % self.n: self.switch(not self.gen_mode)
+
+@pytest.mark.parametrize('n, ok', [(2, True), (4, True), (1, False), (3, False)])
+def test_two_models_in_turn(n, ok):
+    batches = batches_of(*[4]*8)
+    learn,steps = learner(batches, Two()),Steps()
+    if not ok:
+        with pytest.raises(RuntimeError, match='FixedGANSwitcher'): learn.fit(1, cbs=[Acc(8), Side(n), steps])
+        return
+    learn.fit(1, 0., cbs=[Acc(8), Side(n), steps])
+    assert [bool(g[:4].any()) for g in steps.grads] == ([True, False]*2 if n == 2 else [True, True, False, False])
+
+@pytest.mark.parametrize('n_acc', [1, 3, 5, 7, 7.3])
+def test_a_window_of_one_batch_is_bit_for_bit_the_plain_step(n_acc):
+    batches = batches_of(11, 9, 13, 10, 8)
+    learn,without = learner(batches),learner(batches)
+    learn.fit(2, .01, cbs=Acc(n_acc))
+    without.fit(2, .01)
+    assert torch.equal(weights(learn.model), weights(without.model))
+
+@pytest.mark.parametrize('order', [-20, 0, 5, 7, 100])
+@pytest.mark.parametrize('exc', [CancelBatchException, CancelTrainException])
+def test_a_cancel_in_after_step_does_not_hide_the_step(order, exc):
+    batches = batches_of(*[4]*6)
+    learn,steps = learner(batches),Steps()
+    learn.fit(2, .001, cbs=[Acc(8), At('after_step', stop(exc()), 3, 0, order=order), steps])
+    assert_big(steps, windows(batches, 8)[:3 if exc is CancelBatchException else 2] + windows(batches, 8), learn.loss_func)
+
+# Other backward passes
+
+def own_pass(cb):
+    if not cb.training: return
+    cb.learn.loss_grad.backward(create_graph=True)
+    raise CancelBackwardException
+
+@pytest.mark.parametrize('order', [-20, 5, 7, 100])
+@pytest.mark.parametrize('sizes', [[4]*6, [4, 5, 3, 4, 4, 6]])
+@pytest.mark.filterwarnings('ignore:Using backward')
+def test_a_backward_pass_of_another_callback_in_place_of_fastais(order, sizes):
+    batches = batches_of(*sizes)
+    check(learner(batches), [Acc(8), At('before_backward', own_pass, order=order)], windows(batches, 8))
+
+@pytest.mark.parametrize('event', ['after_pred', 'after_loss', 'before_backward', 'after_backward'])
+@pytest.mark.parametrize('order', [-20, 7])
+@pytest.mark.parametrize('sizes', [[4]*6, [4, 5, 3, 4, 4, 6]])
+def test_one_more_backward_pass(event, order, sizes):
+    "An auxiliary loss is weighted as the loss is; where that can't be known any more, it is refused"
+    batches = batches_of(*sizes)
+    def aux(cb):
+        if cb.training: F.l1_loss(cb.learn.model(cb.learn.xb[0]), batches[cb.iter][1]).backward()
+    def both(pred, targ): return F.mse_loss(pred, targ)+F.l1_loss(pred, targ)
+    def fit(): check(learner(batches, loss_func=F.mse_loss), [Acc(8), At(event, aux, order=order)], windows(batches, 8), loss_func=both)
+    if len(set(sizes)) == 1 or event.endswith('backward'): return fit()
+    with pytest.raises(RuntimeError, match='`GradientAccumulation`'): fit()
+
+@pytest.mark.parametrize('other', [Acc, fastai_training.GradientAccumulation])
+def test_two_accumulations_are_refused(other):
+    with pytest.raises(ValueError, match='one `GradientAccumulation`'): learner(batches_of(4, 4), cbs=Acc(8)).fit(1, cbs=other(8))
+
+def test_idioms_of_fastais_notebooks():
+    "Events without an optimizer, and targets that are a tensor"
+    with learner(batches_of(4, 4), cbs=Acc(8)) as learn: learn('before_train')
+    batches = batches_of(4, 4, 5, 3)
+    def bare(cb): cb.learn.yb = cb.learn.yb[0]
+    def loss_func(pred, *targ): return F.mse_loss(pred, torch.stack(targ) if len(targ) > 1 else targ[0])
+    check(learner(batches, loss_func=loss_func), [Acc(8), At('before_batch', bare)], windows(batches, 8))
+
+def test_a_copy_made_in_a_fit_is_in_none():
+    batches,kept = batches_of(*[4]*6),[]
+    def keep(cb): kept.append(copy(cb.learn.gradient_accumulation))
+    learn = learner(batches)
+    learn.fit(1, cbs=[Acc(8), At('after_batch', keep, 2)])
+    check(learner(batches), kept[0], windows(batches, 8))
+
+@pytest.mark.parametrize('it', range(6))
+def test_a_window_that_goes_on_in_another_process(it):
+    "What `ResumeFit` keeps after batch `it` is all that the window is"
+    batches,kept,steps = batches_of(4, 5, 3, 4, 4, 6),[],Steps()
+    learn = learner(batches)
+    def keep(cb): kept.append((pickle.dumps(cb.learn.gradient_accumulation.state_dict()), weights(cb.learn.model)))
+    check(learn, [Acc(11), At('after_batch', keep, it, order=100)], windows(batches, 11))
+    (state,at),again = kept[0],learner(batches[it+1:] or batches)
+    vector_to_parameters(at, again.model.parameters())
+    load = At('before_train', lambda cb: cb.learn.gradient_accumulation.load_state_dict(pickle.loads(state)), ep=0, order=50)
+    again.fit(1, .001, cbs=[Acc(11), load, steps])
+    ends = np.cumsum([len(o) for o in windows(batches, 11)])
+    done = sum(ends <= it+1)
+    if it < 5: assert len(steps.grads) == len(ends)-done
+    wins = windows(batches, 11)[done:]
+    if it < 5: assert all((g-big_grad(steps.twin, learn.loss_func, w, at)).norm() < 1e-5*g.norm()
+                          for g,at,w in zip(steps.grads, steps.weights, wins))

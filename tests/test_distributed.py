@@ -31,7 +31,7 @@ def twin(seen, case, n_acc, flush=False, loss_func=F.mse_loss, count=len, max_no
     full = regression(43 if case == 'ragged' else 40).train_ds.tensors
     def targ(x): # of the recorded inputs, in the data set
         y = full[1][[(full[0] == row).all(1).nonzero()[0, 0].item() for row in x]].clone()
-        if case.startswith('masked'):
+        if case.startswith(('masked', 'named')):
             for i,row in enumerate(x):
                 if (full[0] == row).all(1).nonzero()[0, 0].item() in mask: y[i] = float('nan')
         return y
@@ -74,10 +74,24 @@ def unmasked(targ): return (~targ.isnan()).sum().item()
     ('exact', dict(n_acc=8)), ('carried', dict(n_acc=12)), ('flushed', dict(n_acc=12, flush=True)),
     ('ragged', dict(n_acc=7, flush=True)), ('uneven', dict(n_acc=8)), ('clipped', dict(n_acc=8, max_norm=.5)),
     ('masked', dict(n_acc=3, loss_func=masked_mse, count=unmasked)),
+    ('named', dict(n_acc=3, loss_func=masked_mse, count=unmasked)), ('own', dict(n_acc=8)),
     ('masked_flushed', dict(n_acc=7, flush=True, loss_func=masked_mse, count=unmasked)),
     ('twice', dict(n_acc=8, loss_func=lambda *o: 2*F.mse_loss(*o))),
     ('micro', dict(n_acc=1)), ('micro_accumulated', dict(n_acc=8, max_norm=.5))])
 def test_steps_weights_and_synchronisations_are_those_of_the_big_batch(seen, case, kwargs): check(seen, case, **kwargs)
+
+
+def test_a_static_graph_synchronises_its_first_batch_too(seen):
+    check(seen, 'static', n_acc=8, syncs=ranks(seen, 'static')[0]['syncs'])
+    assert ranks(seen, 'static')[0]['syncs'] <= len(ranks(seen, 'static')[0]['grads'])+1
+
+
+def test_targets_that_come_after_the_forward_pass_are_refused(seen):
+    for r in ranks(seen, 'late'): assert '0 items before the forward pass' in r and '4 after the loss' in r
+
+
+def test_processes_ask_each_other_where_a_window_may_close(seen):
+    for r in ranks(seen, 'asked'): assert r == {2: 6, 3: 5}[len(seen)]
 
 
 def test_a_sum_is_averaged_over_the_processes(seen):

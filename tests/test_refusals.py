@@ -15,7 +15,7 @@ rows = [(name, arg, error, value) for name,args in refusals.items() for arg,erro
         for error,values in errors.items() for value in values]
 allowed = dict(body='a module, a function of the model, or None', views='a whole number, 1 or more',
                pct='a number above 0 and at most 1', n_batches='a whole number, 1 or more', n_valid='a whole number, 1 or more',
-               n_acc='a finite number above 0', count='a function of the targets',
+               n_acc='a finite number above 0', count='a function of the targets', reduction="None or one of ('mean', 'sum')",
                max_norm='a number above 0', norm_type='a number above 0', nonfinite="one of ('skip', 'raise', 'ignore')",
                m='a module', part='a function of the model, or None', path='a path', classes='one or more whole numbers from 0 to 9',
                size='a whole number', before_fit='a function of the callback')
