@@ -1,8 +1,8 @@
 """Training callbacks for fastai that do exactly what they say
 
-*Will my run finish?* *My batch does not fit.* *Several heads, one frozen body.* For these three questions fastai has callbacks, each
-with faults that its users meet. The ones here have the same names, arguments and defaults, and none of the faults, so that you
-change one import line.
+Three questions of everyone who trains with fastai: *Will my run finish? My batch does not fit. Several heads, one frozen body.* For some
+of this fastai has callbacks, each with bugs that you will run into. Those here have the same names, arguments and defaults, without the
+bugs, so that you change one import. The other callbacks are new.
 
 Modules:
 
