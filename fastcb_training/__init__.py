@@ -15,4 +15,4 @@ Modules:
 - `fastcb_training.resume`: Will my run finish? When the machine is taken away, the same call goes on where the fit was cut off, bit for bit
 - `fastcb_training.shortepoch`: Will my run finish? Fit a part of each epoch, with everything that a whole epoch has"""
 
-__version__ = "0.0.1"
+__version__ = "0.1.0"

@@ -13,7 +13,7 @@ except ImportError: import tomli as tomllib  # Python 3.10
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT/'pyproject.toml').read_text(encoding='utf-8'))['project']
 VERSION = read_version(ROOT/'fastcb_training')
-NAMES = {'ShortEpochCallback', 'GradientAccumulation', 'GradientClip',
+NAMES = {'ShortEpochCallback', 'ResumeFit', 'GradientAccumulation', 'GradientClip', 'MicroBatch', 'FeatureCache',
          'BnFreeze', 'set_bn_eval', 'frozen_bn', 'bn_types'}
 
 
