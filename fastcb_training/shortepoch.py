@@ -86,7 +86,7 @@ class ShortEpochCallback(FitCallback):
         check('pct', pct, Real, 'a number above 0 and at most 1', lambda o: 0 < o <= 1)
         for name,n in dict(n_batches=n_batches, n_valid=n_valid).items():
             if n is not None: check(name, n, Integral, 'a whole number, 1 or more', lambda o: o >= 1)
-        for name in ('short_valid', 'resume', 'overfit', 'dry_run'): check(name, getattr(self, name), bool, 'True or False')
+        for name in 'short_valid','resume','overfit','dry_run': check(name, vars(self)[name], bool, 'True or False')
         given = dict(vars(self), pct=pct is not _one_percent, **{'short_valid=False': not short_valid})
         for a,b in _exclusive:
             if given[a] and given[b]: raise ValueError(f'`{a}` and `{b}` exclude each other')
@@ -108,7 +108,6 @@ def after_fit(self:ShortEpochCallback):
     if self._passes and not self._looking: self._passes.end()
     FitCallback.after_fit(self)
 
-# %% ../nbs/01_shortepoch.ipynb #9e606712
 @patch
 def before_train(self:ShortEpochCallback):
     if self._finds_lr: return
@@ -151,7 +150,6 @@ def _length(dl):
     try: return len(dl)
     except TypeError: return None # a stream
 
-# %% ../nbs/01_shortepoch.ipynb #5d000302
 @patch
 def _show(self:ShortEpochCallback, n, batches, dl=None):
     self.learn.dl = _ShortView(self.dl if dl is None else dl, n, batches, self)
@@ -179,17 +177,14 @@ class _Batches:
 def _spread(dl, n, numbers, ready):
     "Batches of items that lie evenly in the set of `dl`, from its first to its last"
     def pick(batches):
-        batches = _evenly_spread(dl, batches, n)
+        if _are_apart(dl):
+            size = len(batches[0])
+            items = _evenly(list(chain(*batches)), n*size)
+            batches = [items[i:i+size] for i in range(0, n*size, size)]
+        else: batches = _evenly(batches, n)
         return [batches[i] for i in numbers]
     return picked_batches(dl, pick, ready)
 
-def _evenly_spread(dl, batches, n):
-    if not _are_apart(dl): return _evenly(batches, n)
-    size = len(batches[0])
-    items = _evenly(list(chain(*batches)), n*size)
-    return [items[i:i+size] for i in range(0, len(items), size)]
-
-# %% ../nbs/01_shortepoch.ipynb #5d000303
 def _evenly(items, n): return [items[i*(len(items)-1)//max(n-1, 1)] for i in range(n)]
 
 def _are_apart(dl):
@@ -206,7 +201,7 @@ class _Passes:
         self.now,self.at,self.coming,self.begun = None,0,[],[]
 
     def take(self, n, skip=0, ready=None):
-        "The next `n` batches, but for the first `skip` of them, which are not loaded if that can be; `ready` comes before the others"
+        "The next `n` batches but the first `skip`, which are not loaded if that can be; `ready` is called before the others"
         given,empty,self.ready = 0,False,ready
         while given < n:
             if given >= skip: self._get_ready()
@@ -325,7 +320,6 @@ def _resumed(self:ShortEpochCallback, n):
     self._remember()
     return _Batches(n, partial(_rest_of_part, self._passes, n))
 
-# %% ../nbs/01_shortepoch.ipynb #5d000305
 @patch
 def _begin_passes(self:ShortEpochCallback, n):
     if self._passes: self._passes.close()
@@ -337,7 +331,6 @@ def _begin_passes(self:ShortEpochCallback, n):
         k = sum(cb._skip_to for cb in self.learn.cbs if isinstance(cb, SkipToEpoch))
         for _ in self._passes.take(k*n, skip=k*n): pass
 
-# %% ../nbs/01_shortepoch.ipynb #5d000306
 def _rest_of_part(passes, n, numbers, ready):
     "The last batches of the next `n` of `passes`"
     check('numbers', numbers, list, 'the last ones of the part', lambda o: o == [*range(n)][n-len(o):])
@@ -365,15 +358,14 @@ def _resets(self:ShortEpochCallback): return any(isinstance(cb, ModelResetter) f
 def _memory(model):
     "The tensors that the parts of `model` with a `reset` hold, apart from parameters"
     parts = {n: m for n,m in model.named_modules() if callable(getattr(m, 'reset', None))}
-    return {n: ({k: _copied(v) for k,v in vars(m).items() if _has_tensors(v)}, {k: _copied(v) for k,v in m._buffers.items()})
-            for n,m in parts.items()}
+    def kept(attrs): return {k: _copied(v) for k,v in attrs.items() if _has_tensors(v)}
+    return {n: (kept(vars(m)), kept(m._buffers)) for n,m in parts.items()}
 
 def _set_memory(model, memory):
     parts = dict(model.named_modules())
     for n,(attrs,buffers) in memory.items():
         vars(parts[n]).update(_copied(attrs))
-        for k,v in buffers.items():
-            if v is not None: parts[n]._buffers[k].copy_(v)
+        for k,v in buffers.items(): parts[n]._buffers[k].copy_(v)
 
 def _has_tensors(o): return isinstance(o, Tensor) or isinstance(o, (list, tuple, L)) and any(map(_has_tensors, o))
 def _copied(b): return apply(lambda o: o.detach().clone() if isinstance(o, Tensor) else o, b)
@@ -390,7 +382,6 @@ def _copies(batches, numbers, ready):
     if ready: ready()
     return (_copied(batches[i]) for i in numbers)
 
-# %% ../nbs/01_shortepoch.ipynb #5d000017
 @patch
 def state_dict(self:ShortEpochCallback):
     "What it takes to see the same batches in a fit that goes on in another process"
@@ -399,7 +390,7 @@ def state_dict(self:ShortEpochCallback):
     return dict(passes=self._state, memory=self._memory) if self._state else {} # loaded, and not gone on with yet
 
 @patch
-def load_state_dict(self:ShortEpochCallback, state): 
+def load_state_dict(self:ShortEpochCallback, state):
     "Go on where the fit of another process stopped"
     self._state,self._memory,self._same = map(state.get, ('passes', 'memory', 'same'))
 
@@ -417,7 +408,6 @@ def _dry(f):
         with _nothing_left(self, cbs) if dry and not inside else nullcontext(): return f(*call.args, **call.kwargs)
     return _inner
 
-# %% ../nbs/01_shortepoch.ipynb #5d000308
 def _is_dry(cb): return isinstance(cb, ShortEpochCallback) and cb.dry_run
 def _finds_lr(cb): return cb is LRFinder or isinstance(cb, LRFinder)
 
@@ -427,18 +417,20 @@ for _name in 'fit', 'fit_one_cycle', 'fit_flat_cos', 'fit_sgdr', 'fine_tune':
 # %% ../nbs/01_shortepoch.ipynb #5d000022
 @contextmanager
 def _nothing_left(learn, cbs):
-    before,folder = _Before(learn, cbs),_folder()
+    before = _Before()
+    before.learner(learn, cbs)
+    folder = _folder()
     try:
         learn.path = _aside(learn.path, folder)
         for cb in cbs+learn.cbs: # TensorBoard's
-            if isinstance(cb, Callback) and 'log_dir' in vars(cb): cb.log_dir = os.fspath(_aside(cb.log_dir or 'runs', folder))
+            if not isinstance(cb, Callback) or 'log_dir' not in vars(cb): continue
+            cb.log_dir = os.fspath(_aside(cb.log_dir or 'runs', folder))
         yield
         distrib_barrier() # the others may still read
     finally:
         before.put_back()
         if not rank_distrib(): shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../nbs/01_shortepoch.ipynb #5d000309
 def _folder():
     "A new folder, the same for all processes"
     spread = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -449,8 +441,9 @@ def _folder():
 # %% ../nbs/01_shortepoch.ipynb #5d000024
 class _Before:
     "What a Learner is made of, to be put back"
-    def __init__(self, learn, cbs):
-        self.seen,self.walked,self.stored,self.undo = {},set(),set(),[]
+    def __init__(self): self.seen,self.walked,self.stored,self.undo = {},set(),set(),[]
+
+    def learner(self, learn, cbs):
         self.attrs(learn)
         self.contents(learn.cbs)
         for o in learn.model,learn.loss_func,learn.opt,learn.opt_func: self.deep(o)
@@ -478,7 +471,6 @@ def _is_known(o):
 
 _bases = 'Callback','FitCallback','Metric'
 
-# %% ../nbs/01_shortepoch.ipynb #5d000025
 @patch
 def attrs(self:_Before, o):
     "The attributes of `o`, and the items of those that are containers"
@@ -591,7 +583,6 @@ class _Aside(type(Path())):
 
     touched = set()
 
-# %% ../nbs/01_shortepoch.ipynb #5d000313
 def _aside(path, folder):
     original = Path(os.path.abspath(path))
     if str(original).startswith(folder): return original # it is there already
