@@ -201,7 +201,7 @@ class _Passes:
         self.now,self.at,self.coming,self.begun = None,0,[],[]
 
     def take(self, n, skip=0, ready=None):
-        "The next `n` batches but the first `skip`, which are not loaded if that can be; `ready` is called before the others"
+        "The next `n` batches but the first `skip`, not loaded if that can be; `ready` is called before the others"
         given,empty,self.ready = 0,False,ready
         while given < n:
             if given >= skip: self._get_ready()
