@@ -69,8 +69,8 @@ _exclusive = (('pct', 'n_batches'), ('n_valid', 'short_valid=False'), ('overfit'
 class ShortEpochCallback(FitCallback):
     "Fit `pct` of each epoch, as if it were a whole one"
     order = 12 # `DistributedTrainer` (11) has wrapped the loader, `ProgressCallback` (60) has not read its length
-    _passes = _state = _same = _open = _memory = None
-    _stateattrs = '_passes','_state','_same','_open','_memory'
+    _passes = _state = _same = _source = _open = _memory = None
+    _stateattrs = '_passes','_state','_same','_source','_open','_memory'
 
     def __init__(self,
         pct:float=_one_percent, # Part of the batches, above 0 and at most 1, rounded up; 0.01 is 1 %
@@ -86,28 +86,28 @@ class ShortEpochCallback(FitCallback):
         check('pct', pct, Real, 'a number above 0 and at most 1', lambda o: 0 < o <= 1)
         for name,n in dict(n_batches=n_batches, n_valid=n_valid).items():
             if n is not None: check(name, n, Integral, 'a whole number, 1 or more', lambda o: o >= 1)
-        for name in ('short_valid', 'resume', 'overfit', 'dry_run'): check(name, getattr(self, name), bool, 'True or False')
+        for name in 'short_valid','resume','overfit','dry_run': check(name, vars(self)[name], bool, 'True or False')
         given = dict(vars(self), pct=pct is not _one_percent, **{'short_valid=False': not short_valid})
         for a,b in _exclusive:
             if given[a] and given[b]: raise ValueError(f'`{a}` and `{b}` exclude each other')
 
 # %% ../nbs/01_shortepoch.ipynb #5d000003
 @patch
-def start_fit(self:ShortEpochCallback): self._passes = self._same = self._open = self._memory = None
+def start_fit(self:ShortEpochCallback): self._passes = self._same = self._source = self._open = self._memory = None
 
 @patch
 def end_fit(self:ShortEpochCallback):
     "Let the workers go at once, also those that an error's traceback still holds"
     for o in self._open,self._passes:
         if o: o.close()
-    self._passes = self._state = self._same = self._open = self._memory = None
+    self._state = None
+    self.start_fit()
 
 @patch
 def after_fit(self:ShortEpochCallback):
     if self._passes and not self._looking: self._passes.end()
     FitCallback.after_fit(self)
 
-# %% ../nbs/01_shortepoch.ipynb #9e606712
 @patch
 def before_train(self:ShortEpochCallback):
     if self._finds_lr: return
@@ -117,7 +117,7 @@ def before_train(self:ShortEpochCallback):
         if self.pct == 1 and self.n_batches is None: return
         raise ValueError('`dls.train` has to be a loader with at least one batch')
     if self.resume: self._show(n, self._resumed(n))
-    elif self.overfit: self._show(len(self._kept(n)), self._same)
+    elif self.overfit: self._show_same(n)
     else: self._show(n, self.dl)
 
 # %% ../nbs/01_shortepoch.ipynb #5d000301
@@ -125,10 +125,10 @@ def before_train(self:ShortEpochCallback):
 def before_validate(self:ShortEpochCallback):
     if self._looking or self._finds_lr: return
     self._begin()
-    if self._same: return self._show(len(self._same), self._same, self._same.dl)
+    if self._same: return self._show_same()
     n = self._n('dls.valid', 'n_valid', self.n_valid or (self.n_batches if self.short_valid else None))
     whole = n == 0 or n == _length(self.dl) or not has_numbers(self.dl)
-    if n: self._show(n, self.dl if whole else _Spread(self.dl, n))
+    if n: self._show(n, self.dl if whole else _Batches(n, partial(_spread, self.dl, n)))
 
 @patch(as_prop=True)
 def _finds_lr(self:ShortEpochCallback): return any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
@@ -150,7 +150,6 @@ def _length(dl):
     try: return len(dl)
     except TypeError: return None # a stream
 
-# %% ../nbs/01_shortepoch.ipynb #5d000302
 @patch
 def _show(self:ShortEpochCallback, n, batches, dl=None):
     self.learn.dl = _ShortView(self.dl if dl is None else dl, n, batches, self)
@@ -165,27 +164,27 @@ class _ShortView(LoaderView):
         return self.cb._open
 
 # %% ../nbs/01_shortepoch.ipynb #5d000007
-class _Spread:
-    "`n` batches of items that lie evenly in the set of `dl`, from its first to its last"
+class _Batches:
+    "`n` batches; `load(numbers, ready)` loads some of them"
     is_exact = True
-    def __init__(self, dl, n): store_attr()
+    def __init__(self, n, load): store_attr()
     def __len__(self): return self.n
-    def __iter__(self): return self.numbered(range(self.n))
-
+    def __iter__(self): return iter(self.numbered(range(self.n)))
     def numbered(self, numbers, ready=None):
         numbers = list(numbers)
-        def pick(batches):
-            batches = self._pick(batches)
-            return [batches[i] for i in numbers]
-        return ExactBatches(len(numbers), picked_batches(self.dl, pick, ready))
+        return ExactBatches(len(numbers), self.load(numbers, ready))
 
-    def _pick(self, batches):
-        if not _are_apart(self.dl): return _evenly(batches, self.n)
-        size = len(batches[0])
-        items = _evenly(list(chain(*batches)), self.n*size)
-        return [items[i:i+size] for i in range(0, len(items), size)]
+def _spread(dl, n, numbers, ready):
+    "Batches of items that lie evenly in the set of `dl`, from its first to its last"
+    def pick(batches):
+        if _are_apart(dl):
+            size = len(batches[0])
+            items = _evenly(list(chain(*batches)), n*size)
+            batches = [items[i:i+size] for i in range(0, n*size, size)]
+        else: batches = _evenly(batches, n)
+        return [batches[i] for i in numbers]
+    return picked_batches(dl, pick, ready)
 
-# %% ../nbs/01_shortepoch.ipynb #5d000303
 def _evenly(items, n): return [items[i*(len(items)-1)//max(n-1, 1)] for i in range(n)]
 
 def _are_apart(dl):
@@ -202,7 +201,7 @@ class _Passes:
         self.now,self.at,self.coming,self.begun = None,0,[],[]
 
     def take(self, n, skip=0, ready=None):
-        "The next `n` batches, but for the first `skip` of them, which are not loaded if that can be; `ready` comes before the others"
+        "The next `n` batches but the first `skip`, not loaded if that can be; `ready` is called before the others"
         given,empty,self.ready = 0,False,ready
         while given < n:
             if given >= skip: self._get_ready()
@@ -319,9 +318,8 @@ def _resumed(self:ShortEpochCallback, n):
     if self._passes is None or self._passes.data is not self.dls.train: self._begin_passes(n)
     self._passes.mark()
     self._remember()
-    return _Part(self._passes, n)
+    return _Batches(n, partial(_rest_of_part, self._passes, n))
 
-# %% ../nbs/01_shortepoch.ipynb #5d000305
 @patch
 def _begin_passes(self:ShortEpochCallback, n):
     if self._passes: self._passes.close()
@@ -333,17 +331,10 @@ def _begin_passes(self:ShortEpochCallback, n):
         k = sum(cb._skip_to for cb in self.learn.cbs if isinstance(cb, SkipToEpoch))
         for _ in self._passes.take(k*n, skip=k*n): pass
 
-# %% ../nbs/01_shortepoch.ipynb #5d000306
-class _Part:
-    "The next `n` batches of `passes`"
-    is_exact = True
-    def __init__(self, passes, n): store_attr()
-    def __len__(self): return self.n
-    def __iter__(self): return self.passes.take(self.n)
-    def numbered(self, numbers, ready=None):
-        numbers = list(numbers)
-        check('numbers', numbers, list, 'the last ones of the part', lambda o: o == [*range(self.n)][self.n-len(o):])
-        return ExactBatches(len(numbers), self.passes.take(self.n, self.n-len(numbers), ready))
+def _rest_of_part(passes, n, numbers, ready):
+    "The last batches of the next `n` of `passes`"
+    check('numbers', numbers, list, 'the last ones of the part', lambda o: o == [*range(n)][n-len(o):])
+    return passes.take(n, n-len(numbers), ready)
 
 # %% ../nbs/01_shortepoch.ipynb #5d000014
 @patch
@@ -367,50 +358,41 @@ def _resets(self:ShortEpochCallback): return any(isinstance(cb, ModelResetter) f
 def _memory(model):
     "The tensors that the parts of `model` with a `reset` hold, apart from parameters"
     parts = {n: m for n,m in model.named_modules() if callable(getattr(m, 'reset', None))}
-    return {n: ({k: _copied(v) for k,v in vars(m).items() if _has_tensors(v)}, {k: _copied(v) for k,v in m._buffers.items()})
-            for n,m in parts.items()}
+    def kept(attrs): return {k: _copied(v) for k,v in attrs.items() if _has_tensors(v)}
+    return {n: (kept(vars(m)), kept(m._buffers)) for n,m in parts.items()}
 
 def _set_memory(model, memory):
     parts = dict(model.named_modules())
     for n,(attrs,buffers) in memory.items():
         vars(parts[n]).update(_copied(attrs))
-        for k,v in buffers.items():
-            if v is not None: parts[n]._buffers[k].copy_(v)
+        for k,v in buffers.items(): parts[n]._buffers[k].copy_(v)
 
 def _has_tensors(o): return isinstance(o, Tensor) or isinstance(o, (list, tuple, L)) and any(map(_has_tensors, o))
 def _copied(b): return apply(lambda o: o.detach().clone() if isinstance(o, Tensor) else o, b)
 
 # %% ../nbs/01_shortepoch.ipynb #5d000016
-class _Same:
-    "The batches that `dl` has given once"
-    is_exact = True
-    def __init__(self, dl, batches): store_attr()
-    def __len__(self): return len(self.batches)
-    def __iter__(self): return map(_copied, self.batches)
-    def numbered(self, numbers, ready=None):
-        if ready: ready()
-        some = [self.batches[i] for i in numbers]
-        return ExactBatches(len(some), map(_copied, some))
-
 @patch
-def _kept(self:ShortEpochCallback, n):
-    if self._same is None:
-        state,self._state = self._state,None
-        self._same = _Same(self.dl, state or list(first_batches(self.dl, n)))
-    return self._same
+def _show_same(self:ShortEpochCallback, n=None):
+    "In training, `n` batches of its loader, if none are kept yet"
+    if self._same is None: self._same = list(first_batches(self.dl, n))
+    if n: self._source = self.dl
+    self._show(len(self._same), _Batches(len(self._same), partial(_copies, self._same)), self._source)
 
-# %% ../nbs/01_shortepoch.ipynb #5d000017
+def _copies(batches, numbers, ready):
+    if ready: ready()
+    return (_copied(batches[i]) for i in numbers)
+
 @patch
 def state_dict(self:ShortEpochCallback):
     "What it takes to see the same batches in a fit that goes on in another process"
     if self._passes: return dict(passes=self._passes.state(), memory=self._memory)
-    if self._same: return dict(same=self._same.batches)
+    if self._same: return dict(same=self._same)
     return dict(passes=self._state, memory=self._memory) if self._state else {} # loaded, and not gone on with yet
 
 @patch
-def load_state_dict(self:ShortEpochCallback, state): 
+def load_state_dict(self:ShortEpochCallback, state):
     "Go on where the fit of another process stopped"
-    self._state,self._memory = state.get('passes') or state.get('same'),state.get('memory')
+    self._state,self._memory,self._same = map(state.get, ('passes', 'memory', 'same'))
 
 # %% ../nbs/01_shortepoch.ipynb #5d000021
 def _dry(f):
@@ -426,7 +408,6 @@ def _dry(f):
         with _nothing_left(self, cbs) if dry and not inside else nullcontext(): return f(*call.args, **call.kwargs)
     return _inner
 
-# %% ../nbs/01_shortepoch.ipynb #5d000308
 def _is_dry(cb): return isinstance(cb, ShortEpochCallback) and cb.dry_run
 def _finds_lr(cb): return cb is LRFinder or isinstance(cb, LRFinder)
 
@@ -436,18 +417,20 @@ for _name in 'fit', 'fit_one_cycle', 'fit_flat_cos', 'fit_sgdr', 'fine_tune':
 # %% ../nbs/01_shortepoch.ipynb #5d000022
 @contextmanager
 def _nothing_left(learn, cbs):
-    before,folder = _Before(learn, cbs),_folder()
+    before = _Before()
+    before.learner(learn, cbs)
+    folder = _folder()
     try:
         learn.path = _aside(learn.path, folder)
         for cb in cbs+learn.cbs: # TensorBoard's
-            if isinstance(cb, Callback) and 'log_dir' in vars(cb): cb.log_dir = os.fspath(_aside(cb.log_dir or 'runs', folder))
+            if not isinstance(cb, Callback) or 'log_dir' not in vars(cb): continue
+            cb.log_dir = os.fspath(_aside(cb.log_dir or 'runs', folder))
         yield
         distrib_barrier() # the others may still read
     finally:
         before.put_back()
         if not rank_distrib(): shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../nbs/01_shortepoch.ipynb #5d000309
 def _folder():
     "A new folder, the same for all processes"
     spread = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -458,8 +441,9 @@ def _folder():
 # %% ../nbs/01_shortepoch.ipynb #5d000024
 class _Before:
     "What a Learner is made of, to be put back"
-    def __init__(self, learn, cbs):
-        self.seen,self.walked,self.stored,self.undo = {},set(),set(),[]
+    def __init__(self): self.seen,self.walked,self.stored,self.undo = {},set(),set(),[]
+
+    def learner(self, learn, cbs):
         self.attrs(learn)
         self.contents(learn.cbs)
         for o in learn.model,learn.loss_func,learn.opt,learn.opt_func: self.deep(o)
@@ -487,17 +471,12 @@ def _is_known(o):
 
 _bases = 'Callback','FitCallback','Metric'
 
-# %% ../nbs/01_shortepoch.ipynb #5d000025
 @patch
 def attrs(self:_Before, o):
     "The attributes of `o`, and the items of those that are containers"
     if not self.new(o): return
-    before = dict(vars(o))
-    def undo():
-        vars(o).clear()
-        vars(o).update(before)
-    self.undo.append(undo)
-    for v in before.values():
+    self.contents(vars(o))
+    for v in [*vars(o).values()]:
         if isinstance(v, (dict, list, set, L)): self.contents(v)
         elif isinstance(v, Metric): self.attrs(v) # the Recorder's losses
 
@@ -560,9 +539,8 @@ def loader(self:_Before, o):
     "Loaders and their random numbers; never the data"
     if isinstance(o, (DataLoaders, DataLoader, TorchLoader, Sampler, _FakeLoader)):
         if not self.new(o): return
-        before = dict(vars(o))
-        self.undo.append(lambda: (vars(o).clear(), vars(o).update(before)))
-        for name,v in before.items():
+        self.contents(vars(o))
+        for name,v in [*vars(o).items()]:
             if name != 'dataset': self.loader(v)
     elif isinstance(o, (list, L)) and all(isinstance(v, (DataLoader, TorchLoader)) for v in o):
         self.contents(o)
@@ -605,7 +583,6 @@ class _Aside(type(Path())):
 
     touched = set()
 
-# %% ../nbs/01_shortepoch.ipynb #5d000313
 def _aside(path, folder):
     original = Path(os.path.abspath(path))
     if str(original).startswith(folder): return original # it is there already
