@@ -69,12 +69,11 @@ killed = [
     ('stream', ['SIGKILL', 'before_batch', 5]),
     ('tuned', ['SIGKILL', 'before_batch', 5], ['SIGKILL', 'after_fit', 1], ['SIGTERM', 'before_batch', 4]),
     ('ours', ['SIGKILL', 'before_batch', 10], ['SIGTERM', 'after_batch', 2, 'valid'], ['SIGKILL', 'before_batch', 2]),
+    ('features', ['SIGKILL', 'after_batch', 4], ['SIGTERM', 'after_batch', 2, 'valid'], ['SIGKILL', 'before_batch', 2]),
     ('two', ['SIGKILL', 'after_batch', 5, None, 0], ['SIGTERM', 'after_batch', 4, None, 1], ['os', 'replace', 4, 1]),
 ]
 
-waits = pytest.mark.xfail(not hasattr(GradientAccumulation, 'state_dict'), reason='`GradientAccumulation` has no state yet', strict=True)
-
-@pytest.mark.parametrize('case,deaths', [pytest.param(case, deaths, marks=waits if case == 'ours' else ()) for case,*deaths in killed], ids=[f'{o[0]}-{i}' for i,o in enumerate(killed)])
+@pytest.mark.parametrize('case,deaths', [(case, deaths) for case,*deaths in killed], ids=[f'{o[0]}-{i}' for i,o in enumerate(killed)])
 def test_killed(server, case, deaths):
     ends = server.assert_same(case, *deaths)
     assert len(ends) == len(deaths)+1, ends # each death was died
@@ -303,7 +302,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
     def full(state, f, **kwargs):
         n[0] += 1
         if n[0] in (3, 4):
-            f.write(b'half of it')
+            f.write_bytes(b'half of it')
             raise OSError(28, 'No space left on device')
         save(state, f, **kwargs)
     expected = fitted(tmp_path/'whole', simple)
