@@ -91,7 +91,6 @@ def _pack_tensor(o):
         o = o.clone() # `torch.save` would write all of what it is a small part of
     return o if o.device.type == 'cpu' else _tag('on', [str(o.device), o])
 
-# %% ../nbs/02_resume.ipynb #r0000001
 def _pack_array(o):
     a = np.ascontiguousarray(o)
     if a.dtype.hasobject: raise _NoData('an array of objects')
@@ -117,7 +116,7 @@ def _are_alike(o):
 def _unpack(o):
     "What `_pack` was given"
     if isinstance(o, list): return [_unpack(v) for v in o]
-    if isinstance(o, torch.Tensor): return o.clone() # it is unpacked twice, and what is made of it may be changed in place
+    if isinstance(o, torch.Tensor): return o.clone() # the file is unpacked twice
     if not isinstance(o, dict): return o
     if '\0' not in o: return {k: _unpack(v) for k,v in o.items()}
     kind,o = o['\0'],o['o']
@@ -150,7 +149,7 @@ def _accelerators(model):
 
 # %% ../nbs/02_resume.ipynb #r0000005
 def _random_state(learn):
-    "Python's, NumPy's and PyTorch's random numbers, the data sets' own, and those of the devices that the model is on"
+    "Python's, NumPy's and PyTorch's random numbers, the data sets' own, and those of devices"
     return dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state(),
                 data=_rng_states(_rngs_of_all(learn, _of_data)),
                 devices={d: m.get_rng_state(*args) for d,(m,args) in _accelerators(learn.model).items()})
@@ -190,7 +189,7 @@ def _rngs_of_all(learn, parts):
 _module_attrs = {*vars(nn.Module())} # `training` among them: the phase sets it
 
 def _module_state(m):
-    "Parameters, buffers, and what the modules keep as plain attributes, such as the hidden state of a recurrent network"
+    "Parameters, buffers, and what modules keep as plain attributes, such as a hidden state"
     state = m.state_dict()
     attrs = {k: _data({a: v for a,v in vars(o).items() if a not in _module_attrs}) for k,o in _own(m)}
     return dict(state=state, buffers={k: _pack(o) for k,o in m.named_buffers() if k not in state},
@@ -253,7 +252,6 @@ def _named(cbs):
         if not isinstance(cb, ResumeFit): yield f'{name}.{seen[name]}',cb
         seen[name] += 1
 
-# %% ../nbs/02_resume.ipynb #r0000011
 def _grad(p):
     if p.grad is None: return None
     return _pack(p.grad) if p.grad.count_nonzero() else 0
@@ -277,7 +275,8 @@ def _fit_state(learn):
 # %% ../nbs/02_resume.ipynb #r0000013
 def _cb_state(cb):
     try: return dict(state=_get_state(cb)) | _csv(cb)
-    except _NoData as e: raise TypeError(f'`{type(cb).__name__}.state_dict()` has to be plain data, and holds a {e}') from None
+    except _NoData as e:
+        raise TypeError(f'`{type(cb).__name__}.state_dict()` has to be plain data, and holds a {e}') from None
 
 def _csv(cb):
     if not isinstance(cb, CSVLogger): return {}
@@ -323,7 +322,6 @@ def _told(o):
     if isinstance(o, list|tuple|L) and len(o) < 20: return f"[{', '.join(map(_told, o))}]"
     return getattr(o, '__qualname__', getattr(o, '__name__', type(o).__qualname__))
 
-# %% ../nbs/02_resume.ipynb #r0000016
 def _arguments(cb):
     names = [o for o in signature(type(cb).__init__).parameters if o in vars(cb)]
     return {o: _told(vars(cb)[o]) for o in names}
@@ -342,10 +340,9 @@ def _items_of(ds):
     "What a data set is a list of"
     if isinstance(ds, Subset): return ds.indices
     items = getattr(ds, 'items', None)
-    if items is not None and not callable(items): return getattr(items, 'index', items) if hasattr(items, 'iloc') else items
-    return getattr(ds, 'tensors', (ds,))[0]
+    if items is None or callable(items): return getattr(ds, 'tensors', (ds,))[0]
+    return items.index if hasattr(items, 'iloc') else items
 
-# %% ../nbs/02_resume.ipynb #r0000018
 def _items_sum(ds, n=1000):
     "A checksum of up to `n` items, spread evenly, and their places"
     items = _items_of(ds)
@@ -361,8 +358,9 @@ def _length(o):
 def _loader(dl):
     sampler = getattr(dl, 'sampler', None)
     ds = getattr(dl, 'dataset', dl)
+    shuffle = dl.shuffle if isinstance(getattr(dl, 'shuffle', None), bool) else type(sampler).__name__
     return dict(batches=_length(dl), items=_length(ds), bs=getattr(dl, 'bs', getattr(dl, 'batch_size', None)),
-                shuffle=bool(dl.shuffle) if isinstance(getattr(dl, 'shuffle', None), bool) else type(sampler).__name__, sum=_items_sum(ds))
+                shuffle=shuffle, sum=_items_sum(ds))
 
 # %% ../nbs/02_resume.ipynb #r0000021
 def _identity(learn):
@@ -370,8 +368,9 @@ def _identity(learn):
     scheds = {k: v for cb in learn.cbs if isinstance(cb, ParamScheduler) for k,v in cb.scheds.items()}
     model,opt = get_model(learn.model),learn.opt
     device = str(getattr(learn.dls, 'device', None)).partition(':')[0]
-    res = {'epochs': learn.n_epoch, 'loss': _named_loss(learn.loss_func), 'device': device, 'processes': _world(learn),
-           'optimizer': _told(type(getattr(opt, 'opt', opt))), 'steps of the optimizer': _told(getattr(opt, 'cbs', None)),
+    res = {'epochs': learn.n_epoch, 'loss': _named_loss(learn.loss_func), 'device': device,
+           'processes': _world(learn), 'optimizer': _told(type(getattr(opt, 'opt', opt))),
+           'steps of the optimizer': _told(getattr(opt, 'cbs', None)),
            'parameters by group': str([len(o) for o in opt.param_lists])}
     res |= {f'`{k}`': _told([h[k] for h in opt.hypers]) for k in opt.hypers[0] if k not in scheds}
     res |= {f'schedule of `{k}`': _told([_sample(f, i/4) for i in range(5)]) for k,f in scheds.items()}
@@ -381,7 +380,7 @@ def _identity(learn):
             if isinstance(o, torch.Tensor)}
     for k,cb in _named(learn.cbs):
         if isinstance(cb, ProgressCallback): continue
-        res |= {f'callback {k}': 'there'} | {f'`{a}` of {k}': v for a,v in _arguments(cb).items()}
+        res |= {f'callback {k}': 'one'} | {f'`{a}` of {k}': v for a,v in _arguments(cb).items()}
     return res
 
 # %% ../nbs/02_resume.ipynb #r0000022
@@ -389,14 +388,14 @@ def _named_loss(o):
     told = repr(o)
     return _told(o) if hasattr(o, '__name__') or ' at 0x' in told else told
 
-def _world(learn): return dist.get_world_size() if hasattr(learn, 'distributed_trainer') and dist.is_initialized() else 1
+def _world(learn):
+    return dist.get_world_size() if hasattr(learn, 'distributed_trainer') and dist.is_initialized() else 1
 def _shape(o): return 'lazy' if isinstance(o, nn.parameter.UninitializedTensorMixin) else list(o.shape)
 def _sample(f, pos):
     if isinstance(f, list|L): return [_sample(o, pos) for o in f]
     v = f(pos)
     return v.tolist() if hasattr(v, 'tolist') else v
 
-# %% ../nbs/02_resume.ipynb #r0000023
 def _differences(a, b):
     "What two identities do not share, in words; an argument that was None may have been found out since"
     return [f'{k}: {a.get(k, "none")} there, {b.get(k, "none")} here' for k in {**a, **b}
@@ -448,7 +447,8 @@ class ResumeFit(FitCallback):
         store_attr()
         check('fname', fname, (str, Path), 'the name of a file', lambda o: Path(o).name)
         check('every', every, Real, 'a number of minutes, 0 or above', lambda o: o >= 0)
-        check('minutes', minutes, (Real, NoneType), 'a number of minutes above 0, or None', lambda o: o is None or o > 0)
+        check('minutes', minutes, (Real, NoneType), 'a number of minutes above 0, or None',
+              lambda o: o is None or o > 0)
 
     @property
     def order(self): return inf if self._in_fit else -inf # it refuses first, and tidies up last
@@ -464,46 +464,9 @@ class ResumeFit(FitCallback):
     def after_fit(self):
         if self._in_fit and not self._looking: self._finish()
 
-# %% ../nbs/02_resume.ipynb #0a0f9770
-_running = WeakSet() # Learners in a fit that can go on; a fit inside it can't
-
-@patch
-def start_fit(self:ResumeFit):
-    learn = self.learn
-    now = time.monotonic()
-    vars(self).update(stopped=False, _passed=None, _signalled=False, _phase=None, _inside=False, _checked=False,
-        _saved=None, _place=None, _number=0, _cost=0., _skip=1, _n_asked=0, _start=now, _last=now, _asked=now,
-        _call=vars(learn).get('_call_of_fits'), _world=_world(learn), _fit=_identity(learn))
-    rank = dist.get_rank() if self._world > 1 else 0
-    self._file = learn.path/learn.model_dir/f"{self.fname}{f'.rank{rank}' if rank else ''}.pth"
-    self._find()
-    self._listen()
-    vars(learn)['_with_events'] = partial(_around, learn)
-    _running.add(learn)
-
-# %% ../nbs/02_resume.ipynb #r0000027
-@patch
-def end_fit(self:ResumeFit):
-    vars(self.learn).pop('_with_events', None)
-    _running.discard(self.learn)
-    self._saved = None
-    self._unlisten()
-
-# %% ../nbs/02_resume.ipynb #r0000028
-@patch
-def _finish(self:ResumeFit):
-    "The fit has come to its end: in `fine_tune` its file has to last until the next fit has one"
-    if self.stopped or self._call and self._call.stopped: return
-    opt = self.learn.opt
-    if self._passed:
-        for k in self._passed['hypers'][0]: opt.set_hyper(k, [h[k] for h in self._passed['hypers']])
-    if not self._call: return _remove_files(self._file)
-    self._call.files.add(self._file)
-    self._call.fits.append(dict(fit=self._fit, hypers=_pack([{**h} for h in opt.hypers])))
-
 # %% ../nbs/02_resume.ipynb #c7e7ebe0
 def _around(learn, f, event_type, ex, final=noop):
-    "fastai's `_with_events`, for a fit that may be cut off: here all handlers of an event are done, whatever their order"
+    "fastai's `_with_events`, for a fit that may be cut off"
     go = partial(type(learn)._with_events, learn)
     cb = next((o for o in learn.cbs if isinstance(o, ResumeFit) and o._in_fit), None)
     if cb is None or cb._looking: return go(f, event_type, ex, final)
@@ -589,7 +552,8 @@ def _batch(self:ResumeFit, f, go):
     go(f)
     self._inside,self._done = False,self.learn.iter+1
     if not self._checked: self._checked = [_cb_state(cb) for _,cb in _named(self.learn.cbs)]
-    if self._done < self.learn.n_iter: self._moment((self.learn.epoch, self._phase, self._done)) # else its end is near
+    if self._done < self.learn.n_iter: # else the end of the phase is near
+        self._moment((self.learn.epoch, self._phase, self._done))
 
 @patch
 def _watch(self:ResumeFit, f):
@@ -637,7 +601,8 @@ def _stop(self:ResumeFit, place):
     self.stopped = True
     if self._call: self._call.stopped = True
     self._warned = False
-    why = 'by SIGTERM' if self._signalled else f'after {self.minutes} minutes' if self.minutes else 'by another process'
+    why = f'after {self.minutes} minutes' if self.minutes else 'by another process'
+    if self._signalled: why = 'by SIGTERM'
     self.warn_once(f'The fit was ended {why}, in epoch {place[0]} of 0 to {self.learn.n_epoch-1}. '
                    'The same call goes on with it.')
     raise CancelFitException
@@ -647,10 +612,12 @@ def _stop(self:ResumeFit, place):
 def _save(self:ResumeFit, place):
     start,learn = time.monotonic(),self.learn
     state = dict(version=__version__, fit=self._fit, before=self._call.fits if self._call else [],
-                 number=self._number+1, place=list(place), drawn=self._drawn if place[1] else None, state=_fit_state(learn))
+                 number=self._number+1, place=list(place), drawn=self._drawn if place[1] else None,
+                 state=_fit_state(learn))
     try: _write_file(self._file, state)
     except (OSError, RuntimeError) as e: # PyTorch's writer has its own word for a full disk
-        self.warn_once(f'`{self._file}` could not be written: {e}. Training goes on, and the file before it is as it was.')
+        self.warn_once(f'`{self._file}` could not be written: {e}. Training goes on, '
+                       'and the file before it is as it was.')
     self._number += 1
     self._last = time.monotonic()
     self._cost = self._last-start
@@ -663,7 +630,8 @@ def _find(self:ResumeFit):
     saved = self._read()
     if not saved: return
     before,there = self._call.fits if self._call else [],saved['before']
-    if (v := saved['version']) != __version__: self._refuse([f'version of fastcb_training: {v} there, {__version__} here'])
+    if (v := saved['version']) != __version__:
+        self._refuse([f'version of fastcb_training: {v} there, {__version__} here'])
     n = len(before)
     if len(there) > n:
         if self._call and not _differences(there[n]['fit'], self._fit): return self._pass(_unpack(there[n]))
@@ -765,3 +733,40 @@ def fine_tune(self, *args, **kwargs):
     finally: del vars(self)['_call_of_fits']
     if not call.stopped:
         for o in call.files: _remove_files(o)
+
+# %% ../nbs/02_resume.ipynb #0a0f9770
+_running = WeakSet() # Learners in a fit that can go on; a fit inside it can't
+
+@patch
+def start_fit(self:ResumeFit):
+    learn = self.learn
+    now = time.monotonic()
+    vars(self).update(stopped=False, _passed=None, _signalled=False, _phase=None, _inside=False, _checked=False,
+        _saved=None, _place=None, _number=0, _cost=0., _skip=1, _n_asked=0, _start=now, _last=now, _asked=now,
+        _call=vars(learn).get('_call_of_fits'), _world=_world(learn), _fit=_identity(learn))
+    rank = dist.get_rank() if self._world > 1 else 0
+    self._file = learn.path/learn.model_dir/f"{self.fname}{f'.rank{rank}' if rank else ''}.pth"
+    self._find()
+    self._listen()
+    vars(learn)['_with_events'] = partial(_around, learn)
+    _running.add(learn)
+
+# %% ../nbs/02_resume.ipynb #r0000027
+@patch
+def end_fit(self:ResumeFit):
+    vars(self.learn).pop('_with_events', None)
+    _running.discard(self.learn)
+    self._saved = None
+    self._unlisten()
+
+# %% ../nbs/02_resume.ipynb #r0000028
+@patch
+def _finish(self:ResumeFit):
+    "The fit has come to its end: in `fine_tune` its file has to last until the next fit has one"
+    if self.stopped or self._call and self._call.stopped: return
+    opt = self.learn.opt
+    if self._passed:
+        for k in self._passed['hypers'][0]: opt.set_hyper(k, [h[k] for h in self._passed['hypers']])
+    if not self._call: return _remove_files(self._file)
+    self._call.files.add(self._file)
+    self._call.fits.append(dict(fit=self._fit, hypers=_pack([{**h} for h in opt.hypers])))

@@ -264,7 +264,7 @@ def simple(folder, n_epoch=3, lr=.05, cbs=(), n=44, bs=8, shuffle=True, model=No
     (dict(n_epoch=4), 'epochs: 3 there, 4 here'), (dict(lr=.06), '`lr`: [0.05] there, [0.06] here'), (dict(wd=.1), '`wd`'),
     (dict(n=45), 'training data, items: 44 there, 45 here'), (dict(bs=9), 'training data, bs'), (dict(shuffle=False), 'training data, shuffle'),
     (dict(model=nn.Linear(3, 1)), 'of the model'), (dict(opt=Adam), 'optimizer'), (dict(opt=partial(SGD, mom=.8)), '`mom`'),
-    (dict(loss=L1LossFlat()), 'loss'), (dict(cbs=[GradientClip(1.)]), 'callback GradientClip.0: none there'), (dict(ds=Noisy(44).x.numpy()[::-1].tolist()), 'training data')], ids=str)
+    (dict(loss=L1LossFlat()), 'loss'), (dict(cbs=[GradientClip(1.)]), 'callback GradientClip.0: none there, one here'), (dict(ds=Noisy(44).x.numpy()[::-1].tolist()), 'training data')], ids=str)
 def test_other_fits_are_refused(other, says, tmp_path):
     fitted(tmp_path, simple, ('after_batch', 4))
     before = file_of(tmp_path).read_bytes()
