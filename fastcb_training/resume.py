@@ -616,7 +616,8 @@ def _save(self:ResumeFit, place):
                  state=_fit_state(learn))
     try: _write_file(self._file, state)
     except (OSError, RuntimeError) as e: # PyTorch's writer has its own word for a full disk
-        self.warn_once(f'`{self._file}` could not be written: {e}. Training goes on, '
+        why = e if isinstance(e, OSError) else f'{e} (is the disk full?)'
+        self.warn_once(f'`{self._file}` could not be written: {why}. Training goes on, '
                        'and the file before it is as it was.')
     self._number += 1
     self._last = time.monotonic()

@@ -297,6 +297,20 @@ def test_a_broken_file(size, tmp_path):
     with pytest.raises(RuntimeError, match='resume.prev.*can.t be read.*Delete'): fitted(both, simple)
     assert file_of(both).exists()
 
+def test_nothing_is_read_from_the_file_later(whole, tmp_path, monkeypatch):
+    "It is mapped while a fit goes on; when the next one is written, all of it has been copied"
+    write = resume._write_file
+    def spoiled(path, state):
+        for o in path,path.with_suffix('.prev'):
+            if o.exists():
+                with o.open('r+b') as f: f.write(bytes(o.stat().st_size))
+        write(path, state)
+    fitted(tmp_path, richly, ('after_batch', 13))
+    with monkeypatch.context() as m:
+        m.setattr(resume, '_write_file', spoiled)
+        fitted(tmp_path, richly, ('after_batch', 2))
+    assert differs(whole, outcome(tmp_path, fitted(tmp_path, richly))) == []
+
 def test_a_full_disk(tmp_path, monkeypatch):
     save,n = torch.save,[0]
     def full(state, f, **kwargs):
