@@ -15,7 +15,8 @@ now and then, and the same call, made again, goes on with the next batch. Here:
 5. **A fit that ended has no file, and the file of another fit is refused** by an error that says what differs.
 6. **Other callbacks go on as if nothing had been.** Attributes that are data (numbers, text, tensors, arrays, and lists, tuples, sets and dicts of
    these) are kept. What else there is, a callback keeps by having `state_dict` and `load_state_dict`.
-7. **It costs at most 1 % of the time** of a fit of an hour at the default, and no copy on the device.
+7. **It costs at most 1 % of the time** of a fit of an hour at the default, and no copy on the device. Saves that take more than a second
+   are at least a hundred times as long apart.
 
 Docs: https://fastcb.github.io/fastcb_training/resume.html.md"""
 
@@ -32,10 +33,10 @@ from enum import Enum
 from fractions import Fraction
 from functools import partial, wraps
 from inspect import signature
-from itertools import count
-from math import inf, isnan
+from math import inf
 from numbers import Real
 from pathlib import Path, PurePath
+from types import NoneType
 from weakref import WeakSet
 from zipfile import BadZipFile, ZipFile
 from zlib import crc32
@@ -60,15 +61,16 @@ from .core import FitCallback, LoaderView, check, numbered_batches
 class _NoData(Exception): "It can't be written as plain data"
 
 _plain = type(None),bool,int,float,str,bytes
-_kinds = dict( # what a file may hold beside that: how it is written, how it is read
+_kinds = dict( # how they are written, and how they are read
     tuple=(tuple, list, tuple), L=(L, list, L), set=(set, list, set), frozenset=(frozenset, list, frozenset),
-    deque=(deque, lambda o: [list(o), o.maxlen], lambda o: deque(*o)), ordered=(OrderedDict, lambda o: list(o.items()), OrderedDict),
+    deque=(deque, lambda o: [list(o), o.maxlen], lambda o: deque(*o)),
+    ordered=(OrderedDict, lambda o: list(o.items()), OrderedDict),
     complex=(complex, lambda o: [o.real, o.imag], lambda o: complex(*o)), fraction=(Fraction, str, Fraction),
     path=(PurePath, str, Path))
 
 # %% ../nbs/02_resume.ipynb #a1c47df8
 def _pack(o):
-    "`o` as plain containers, numbers, text and tensors, which `torch.load(weights_only=True)` reads; `_NoData` for anything else"
+    "`o` as containers, numbers, text and tensors that `torch.load(weights_only=True)` reads, or `_NoData`"
     t = type(o)
     if t in _plain: return o
     if isinstance(o, torch.Tensor): return _pack_tensor(o)
@@ -95,21 +97,26 @@ def _pack_array(o):
     kind = 'array' if isinstance(o, np.ndarray) else 'scalar'
     return _tag(kind, [a.dtype.str, list(np.shape(o)), torch.from_numpy(a.reshape(-1).view(np.uint8).copy())])
 
+# %% ../nbs/02_resume.ipynb #r0000002
 def _pack_list(o):
     "Long lists of numbers, as the recorder has, are written as one array"
     t = {type(v) for v in o}
     if t == {float}: return _tag('floats', torch.tensor(o, dtype=torch.float64))
     if t <= set(_plain): return list(o)
-    if len(t) == 1 and issubclass(k := t.pop(), np.generic) and not issubclass(k, np.flexible): return _tag('scalars', _pack(np.array(o)))
-    if o and all(isinstance(v, torch.Tensor) for v in o) and {(v.ndim, v.dtype, v.device) for v in o} == {(0, o[0].dtype, o[0].device)}:
-        return _tag('tensors', _pack_tensor(torch.stack(o)))
+    if len(t) == 1 and issubclass(k := t.pop(), np.generic) and not issubclass(k, np.flexible):
+        return _tag('scalars', _pack(np.array(o)))
+    if _are_alike(o): return _tag('tensors', _pack_tensor(torch.stack(o)))
     return [_pack(v) for v in o]
+
+def _are_alike(o):
+    "Numbers in tensors of one kind"
+    return all(isinstance(v, torch.Tensor) and v.ndim == 0 for v in o) and len({(v.dtype, v.device) for v in o}) == 1
 
 # %% ../nbs/02_resume.ipynb #3874da3c
 def _unpack(o):
     "What `_pack` was given"
     if isinstance(o, list): return [_unpack(v) for v in o]
-    if isinstance(o, torch.Tensor): return o.clone() # it is unpacked twice, and what is made of it may be changed in place
+    if isinstance(o, torch.Tensor): return o.clone() # the file is unpacked twice
     if not isinstance(o, dict): return o
     if '\0' not in o: return {k: _unpack(v) for k,v in o.items()}
     kind,o = o['\0'],o['o']
@@ -140,8 +147,9 @@ def _accelerators(model):
     devices = {o.device for o in (*model.parameters(), *model.buffers()) if o.device.type not in ('cpu', 'meta')}
     return {str(d): (getattr(torch, d.type), () if d.type == 'mps' else (d,)) for d in sorted(devices, key=str)}
 
+# %% ../nbs/02_resume.ipynb #r0000005
 def _random_state(learn):
-    "Python's, NumPy's and PyTorch's random numbers, the data sets' own, and those of the devices that the model is on"
+    "Python's, NumPy's and PyTorch's random numbers, the data sets' own, and those of devices"
     return dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state(),
                 data=_rng_states(_rngs_of_all(learn, _of_data)),
                 devices={d: m.get_rng_state(*args) for d,(m,args) in _accelerators(learn.model).items()})
@@ -167,6 +175,7 @@ def _loader_rngs(dl, parts):
             elif k in parts: todo.append((f'{path}.{k}', v))
     return found
 
+# %% ../nbs/02_resume.ipynb #r0000006
 def _rng_states(rngs): return {k: _get_rng(o) for k,o in rngs.items()}
 def _set_rng_states(rngs, states):
     for k,o in rngs.items():
@@ -180,10 +189,11 @@ def _rngs_of_all(learn, parts):
 _module_attrs = {*vars(nn.Module())} # `training` among them: the phase sets it
 
 def _module_state(m):
-    "Parameters, buffers, and what the modules keep as plain attributes, such as the hidden state of a recurrent network"
+    "Parameters, buffers, and what modules keep as plain attributes, such as a hidden state"
     state = m.state_dict()
+    attrs = {k: _data({a: v for a,v in vars(o).items() if a not in _module_attrs}) for k,o in _own(m)}
     return dict(state=state, buffers={k: _pack(o) for k,o in m.named_buffers() if k not in state},
-                attrs={k: attrs for k,o in _own(m) if (attrs := _data({a: v for a,v in vars(o).items() if a not in _module_attrs}))})
+                attrs={k: v for k,v in attrs.items() if v})
 
 def _own(m): return [(k,o) for k,o in m.named_modules() if not isinstance(o, torch.jit.ScriptModule)]
 
@@ -194,6 +204,7 @@ def _data(attrs):
         with suppress(_NoData): res[k] = _pack(v)
     return res
 
+# %% ../nbs/02_resume.ipynb #r0000007
 def _load_module(m, state):
     m.load_state_dict(state['state'])
     buffers,modules = dict(m.named_buffers()),dict(_own(m))
@@ -205,6 +216,7 @@ def _has_state(o):
     "Does it say itself what its state is? A callback seems to have each method of the model"
     return all(hasattr(type(o), f) or f in getattr(o, '__dict__', {}) for f in ('state_dict', 'load_state_dict'))
 
+# %% ../nbs/02_resume.ipynb #r0000008
 def _get_state(o):
     "What goes into the file of a callback, a metric, or what they are made of; `_NoData` if that is nothing"
     if isinstance(o, nn.Module): return _module_state(o)
@@ -219,6 +231,7 @@ def _get_state(o):
         with suppress(_NoData): parts[k] = _get_state(v)
     return dict(attrs=_data(attrs), parts=parts)
 
+# %% ../nbs/02_resume.ipynb #r0000009
 def _set_state(o, state):
     if isinstance(o, nn.Module): _load_module(o, state)
     elif isinstance(o, _generators): _set_rng(o, _unpack(state))
@@ -243,22 +256,27 @@ def _grad(p):
     if p.grad is None: return None
     return _pack(p.grad) if p.grad.count_nonzero() else 0
 
+# %% ../nbs/02_resume.ipynb #r0000012
 def _fit_state(learn):
     "All that the rest of a fit depends on, as it is between two batches"
     model = get_model(learn.model)
     params = dict(model.named_parameters())
     return dict(
-        model=_module_state(model), grads={k: _grad(p) for k,p in params.items()}, trained=[k for k,p in params.items() if p.requires_grad],
+        model=_module_state(model), grads={k: _grad(p) for k,p in params.items()},
+        trained=[k for k,p in params.items() if p.requires_grad],
         loss=_module_state(learn.loss_func) if isinstance(learn.loss_func, nn.Module) else None,
         opt=_pack(learn.opt.state_dict()), frozen=learn.opt.frozen_idx,
         scaler=_pack(learn.scaler.state_dict()) if vars(learn).get('scaler') else None,
         learn=_data({k: vars(learn)[k] for k in _counters if k in vars(learn)}),
         metrics=[_get_state(o) for o in learn.metrics], cbs={k: _cb_state(cb) for k,cb in _named(learn.cbs)},
-        rng=_pack(_random_state(learn)), loaders=_pack(_rng_states(_rngs_of_all(learn, _of_order))), time=time.time())
+        rng=_pack(_random_state(learn)), loaders=_pack(_rng_states(_rngs_of_all(learn, _of_order))),
+        time=time.time())
 
+# %% ../nbs/02_resume.ipynb #r0000013
 def _cb_state(cb):
     try: return dict(state=_get_state(cb)) | _csv(cb)
-    except _NoData as e: raise TypeError(f'`{type(cb).__name__}.state_dict()` has to be plain data, and holds a {e}') from None
+    except _NoData as e:
+        raise TypeError(f'`{type(cb).__name__}.state_dict()` has to be plain data, and holds a {e}') from None
 
 def _csv(cb):
     if not isinstance(cb, CSVLogger): return {}
@@ -284,6 +302,7 @@ def _set_fit_state(learn, state, begin):
     _set_rng_states(_rngs_of_all(learn, _of_order), _unpack(state['loaders']))
     _set_random_state(learn, _unpack(state['rng']))
 
+# %% ../nbs/02_resume.ipynb #r0000014
 def _set_cb_state(cb, state, begin, ago):
     if state is None or isinstance(cb, FitCallback) and not begin: return
     if isinstance(cb, FitCallback): cb._begin()
@@ -316,18 +335,20 @@ def _item(o):
     if isinstance(o, list|tuple|L): return str([_item(v) for v in o])
     return _told(o)
 
+# %% ../nbs/02_resume.ipynb #r0000017
 def _items_of(ds):
     "What a data set is a list of"
     if isinstance(ds, Subset): return ds.indices
     items = getattr(ds, 'items', None)
-    if items is not None and not callable(items): return getattr(items, 'index', items) if hasattr(items, 'iloc') else items
-    return getattr(ds, 'tensors', (ds,))[0]
+    if items is None or callable(items): return getattr(ds, 'tensors', (ds,))[0]
+    return items.index if hasattr(items, 'iloc') else items
 
 def _items_sum(ds, n=1000):
     "A checksum of up to `n` items, spread evenly, and their places"
     items = _items_of(ds)
     if not isinstance(items, list|tuple|L|np.ndarray|torch.Tensor) and not hasattr(items, 'get_loc'): return None
-    return crc32(repr([_item(items[i*len(items)//n]) for i in range(n)] if len(items) > n else [_item(o) for o in items]).encode())
+    numbers = range(len(items)) if len(items) <= n else [i*len(items)//n for i in range(n)]
+    return crc32(repr([_item(items[i]) for i in numbers]).encode())
 
 # %% ../nbs/02_resume.ipynb #1ab9ba38
 def _length(o):
@@ -337,33 +358,38 @@ def _length(o):
 def _loader(dl):
     sampler = getattr(dl, 'sampler', None)
     ds = getattr(dl, 'dataset', dl)
+    shuffle = dl.shuffle if isinstance(getattr(dl, 'shuffle', None), bool) else type(sampler).__name__
     return dict(batches=_length(dl), items=_length(ds), bs=getattr(dl, 'bs', getattr(dl, 'batch_size', None)),
-                shuffle=bool(dl.shuffle) if isinstance(getattr(dl, 'shuffle', None), bool) else type(sampler).__name__, sum=_items_sum(ds))
+                shuffle=shuffle, sum=_items_sum(ds))
 
+# %% ../nbs/02_resume.ipynb #r0000021
 def _identity(learn):
     "What a fit can be told from another one by; it is the same when the same call is made again"
     scheds = {k: v for cb in learn.cbs if isinstance(cb, ParamScheduler) for k,v in cb.scheds.items()}
     model,opt = get_model(learn.model),learn.opt
-    res = {'epochs': learn.n_epoch, 'loss': _named_loss(learn.loss_func), 'device': str(getattr(learn.dls, 'device', None)).partition(':')[0],
-        'processes': _world(learn), 'optimizer': _told(getattr(opt, 'opt', opt).__class__), 'steps of the optimizer': _told(getattr(opt, 'cbs', None)),
-        'parameters by group': str([len(o) for o in opt.param_lists])}
-    for k in opt.hypers[0]:
-        if k not in scheds: res[f'`{k}`'] = _told([h[k] for h in opt.hypers])
-    for k,f in scheds.items(): res[f'schedule of `{k}`'] = _told([_sample(f, i/4) for i in range(5)])
-    for i,dl in enumerate((learn.dls.train, learn.dls.valid)):
-        for k,v in _loader(dl).items(): res[f'{("training", "validation")[i]} data, {k}'] = v
-    for k,o in model.state_dict(keep_vars=True).items():
-        if isinstance(o, torch.Tensor): res[f'`{k}` of the model'] = f'{_shape(o)} {o.dtype}'
+    device = str(getattr(learn.dls, 'device', None)).partition(':')[0]
+    res = {'epochs': learn.n_epoch, 'loss': _named_loss(learn.loss_func), 'device': device,
+           'processes': _world(learn), 'optimizer': _told(type(getattr(opt, 'opt', opt))),
+           'steps of the optimizer': _told(getattr(opt, 'cbs', None)),
+           'parameters by group': str([len(o) for o in opt.param_lists])}
+    res |= {f'`{k}`': _told([h[k] for h in opt.hypers]) for k in opt.hypers[0] if k not in scheds}
+    res |= {f'schedule of `{k}`': _told([_sample(f, i/4) for i in range(5)]) for k,f in scheds.items()}
+    for name,dl in zip(('training', 'validation'), (learn.dls.train, learn.dls.valid)):
+        res |= {f'{name} data, {k}': v for k,v in _loader(dl).items()}
+    res |= {f'`{k}` of the model': f'{_shape(o)} {o.dtype}' for k,o in model.state_dict(keep_vars=True).items()
+            if isinstance(o, torch.Tensor)}
     for k,cb in _named(learn.cbs):
         if isinstance(cb, ProgressCallback): continue
-        res[f'callback {k}'] = 'there'
-        for a,v in _arguments(cb).items(): res[f'`{a}` of {k}'] = v
+        res |= {f'callback {k}': 'one'} | {f'`{a}` of {k}': v for a,v in _arguments(cb).items()}
     return res
 
+# %% ../nbs/02_resume.ipynb #r0000022
 def _named_loss(o):
     told = repr(o)
     return _told(o) if hasattr(o, '__name__') or ' at 0x' in told else told
 
+def _world(learn):
+    return dist.get_world_size() if hasattr(learn, 'distributed_trainer') and dist.is_initialized() else 1
 def _shape(o): return 'lazy' if isinstance(o, nn.parameter.UninitializedTensorMixin) else list(o.shape)
 def _sample(f, pos):
     if isinstance(f, list|L): return [_sample(o, pos) for o in f]
@@ -376,32 +402,31 @@ def _differences(a, b):
             if a.get(k) != b.get(k) and 'None' not in (a.get(k), b.get(k))]
 
 # %% ../nbs/02_resume.ipynb #7458869d
-def _sync_folder(path):
-    "A rename is on the disk when its folder is"
-    if os.name == 'nt': return # where a folder can't be opened
-    fd = os.open(path, os.O_RDONLY)
+def _sync(path, flags=os.O_RDONLY):
+    "What was written is on the disk now, and a rename is when its folder is"
+    fd = os.open(path, flags)
     try: os.fsync(fd)
     finally: os.close(fd)
 
+# %% ../nbs/02_resume.ipynb #r0000024
 def _write_file(path, state):
     "Write `state` beside `path`, then rename; the file that was there is the one before"
     new,prev = path.with_suffix('.new'),path.with_suffix('.prev')
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with new.open('wb') as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
+        torch.save(state, new) # by its name it is faster than as an open file
+        _sync(new, os.O_RDWR)
         if path.exists(): os.replace(path, prev)
         os.replace(new, path)
     finally: new.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    if os.name != 'nt': _sync(path.parent) # Windows can't open a folder
 
+# %% ../nbs/02_resume.ipynb #r0000025
 def _read_file(path):
     "What a file holds, or an error, also if one byte of it is another one"
     with ZipFile(path) as f:
         if bad := f.testzip(): raise BadZipFile(f'{bad} is damaged')
-    return torch.load(path, map_location='cpu', weights_only=True)
+    return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
 
 def _remove_files(path):
     for o in path,path.with_suffix('.prev'),path.with_suffix('.new'): o.unlink(missing_ok=True)
@@ -409,12 +434,12 @@ def _remove_files(path):
 # %% ../nbs/02_resume.ipynb #26aee673
 class ResumeFit(FitCallback):
     "Go on with a fit that was cut off, as if it had not been"
-    _in_call = _saved = _place = _handler = None
+    _saved = _place = _handler = None
     _stateattrs = '_saved','_handler'
     stopped = False # Was the last fit ended before its time, by a signal or because its minutes were over?
 
     def __init__(self,
-        fname:str='resume', # The file is `learn.path/learn.model_dir/fname.pth`; each fit of a script needs its own
+        fname:str='resume', # The file is `learn.path/learn.model_dir/fname.pth`; each fit needs its own
         *,
         every:float=10., # Minutes between two saves within an epoch, 0 or above; 0 saves after every batch
         minutes:float=None, # Minutes after which the fit is ended, above 0; None: never
@@ -422,14 +447,16 @@ class ResumeFit(FitCallback):
         store_attr()
         check('fname', fname, (str, Path), 'the name of a file', lambda o: Path(o).name)
         check('every', every, Real, 'a number of minutes, 0 or above', lambda o: o >= 0)
-        if minutes is not None: check('minutes', minutes, Real, 'a number of minutes above 0, or None', lambda o: o > 0)
+        check('minutes', minutes, (Real, NoneType), 'a number of minutes above 0, or None',
+              lambda o: o is None or o > 0)
 
     @property
-    def order(self): return inf if self._in_fit else -inf # it refuses before anything is written, and tidies up after everybody
+    def order(self): return inf if self._in_fit else -inf # it refuses first, and tidies up last
 
     def before_fit(self):
         learn = self.learn
-        if self._looking or learn in _running or any(isinstance(o, LRFinder) or vars(o).get('dry_run') is True for o in learn.cbs): return
+        is_trial = any(isinstance(o, LRFinder) or vars(o).get('dry_run') is True for o in learn.cbs)
+        if self._looking or learn in _running or is_trial: return
         self._in_fit = False # a copy made in mid-fit says it is in one
         self._begin()
 
@@ -437,45 +464,9 @@ class ResumeFit(FitCallback):
     def after_fit(self):
         if self._in_fit and not self._looking: self._finish()
 
-# %% ../nbs/02_resume.ipynb #0a0f9770
-_running = WeakSet() # Learners in a fit that can go on; a fit inside it can't
-
-@patch
-def start_fit(self:ResumeFit):
-    learn = self.learn
-    vars(self).update(stopped=False, _passed=None, _signalled=False, _phase=None, _inside=False, _checked=False, _saved=None, _place=None)
-    self._call,self._world = vars(learn).get('_call_of_fits'),_world(learn)
-    self._start = self._last = self._asked = time.monotonic()
-    self._number,self._cost,self._skip,self._n_asked = 0,0.,1,0
-    rank = dist.get_rank() if self._world > 1 else 0
-    self._file = learn.path/learn.model_dir/f"{self.fname}{f'.rank{rank}' if rank else ''}.pth"
-    self._fit = _identity(learn)
-    self._find()
-    self._listen()
-    vars(learn)['_with_events'] = partial(_around, learn)
-    _running.add(learn)
-
-@patch
-def end_fit(self:ResumeFit):
-    vars(self.learn).pop('_with_events', None)
-    _running.discard(self.learn)
-    self._saved = None
-    self._unlisten()
-
-@patch
-def _finish(self:ResumeFit):
-    "The fit has come to its end: in `fine_tune` its file has to last until the next fit has one"
-    if self.stopped or self._call and self._call.stopped: return
-    opt = self.learn.opt
-    if self._passed:
-        for k in self._passed['hypers'][0]: opt.set_hyper(k, [h[k] for h in self._passed['hypers']])
-    if not self._call: return _remove_files(self._file)
-    self._call.files.add(self._file)
-    self._call.fits.append(dict(fit=self._fit, hypers=_pack([{**h} for h in opt.hypers])))
-
 # %% ../nbs/02_resume.ipynb #c7e7ebe0
 def _around(learn, f, event_type, ex, final=noop):
-    "fastai's `_with_events`, for a fit that may be cut off: here all handlers of an event are done, whatever their order"
+    "fastai's `_with_events`, for a fit that may be cut off"
     go = partial(type(learn)._with_events, learn)
     cb = next((o for o in learn.cbs if isinstance(o, ResumeFit) and o._in_fit), None)
     if cb is None or cb._looking: return go(f, event_type, ex, final)
@@ -500,6 +491,7 @@ def _restore(self:ResumeFit):
     _set_fit_state(self.learn, self._saved['state'], begin=True)
     if self._place[1] is None: self._saved = self._place = None
 
+# %% ../nbs/02_resume.ipynb #r0000029
 @patch
 def _train(self:ResumeFit, f, go):
     if not (self._place and self._place[1] == 'validate'): self._in_phase('train', f, go)
@@ -517,28 +509,31 @@ def _in_phase(self:ResumeFit, phase, f, go):
 @patch
 def _whole(self:ResumeFit, f):
     learn,self._done = self.learn,0
-    self._drawn = dict(rng=_pack(_random_state(learn)), loader=_pack(_rng_states(_loader_rngs(learn.dl, _of_order))))
+    order = _loader_rngs(learn.dl, _of_order)
+    self._drawn = dict(rng=_pack(_random_state(learn)), loader=_pack(_rng_states(order)))
     self._watch(f)
 
+# %% ../nbs/02_resume.ipynb #r0000030
 @patch
 def _rest(self:ResumeFit, f):
     "The batches from where it was cut off, in the order that was drawn then"
     learn,saved,k = self.learn,self._saved,self._place[2]
     self._saved = self._place = None
     _set_fit_state(learn, saved['state'], begin=False) # `before_epoch` and `before_train` have been here
-    self._drawn,self._done = saved['drawn'],k
-    here = _rng_states(_loader_rngs(learn.dl, _of_order)) if isinstance(learn.dl, LoaderView) else {} # it may begin another pass on its way
-    now = _random_state(learn)
+    self._drawn,self._done = _pack(_unpack(saved['drawn'])),k
+    order,now = _loader_rngs(learn.dl, _of_order),_random_state(learn)
+    here = _rng_states(order) if isinstance(learn.dl, LoaderView) else {} # it may begin another pass on its way
     def ready():
-        _set_rng_states(_loader_rngs(learn.dl, _of_order), here)
+        _set_rng_states(order, here)
         _set_random_state(learn, now)
     _set_random_state(learn, _unpack(self._drawn['rng']))
-    _set_rng_states(_loader_rngs(learn.dl, _of_order), _unpack(self._drawn['loader']))
+    _set_rng_states(order, _unpack(self._drawn['loader']))
     learn.n_iter = len(learn.dl)
     def batches():
         for o in enumerate(_rest_of(learn.dl, k, ready), k): learn.one_batch(*o)
     self._watch(batches)
 
+# %% ../nbs/02_resume.ipynb #r0000031
 def _rest_of(dl, k, ready):
     "The batches of `dl` from number `k` on; where they have no numbers, the others are loaded and dropped"
     some = numbered_batches(dl, range(k, len(dl)), ready)
@@ -557,7 +552,8 @@ def _batch(self:ResumeFit, f, go):
     go(f)
     self._inside,self._done = False,self.learn.iter+1
     if not self._checked: self._checked = [_cb_state(cb) for _,cb in _named(self.learn.cbs)]
-    if self._done < self.learn.n_iter: self._moment((self.learn.epoch, self._phase, self._done)) # else the phase's end is near
+    if self._done < self.learn.n_iter: # else the end of the phase is near
+        self._moment((self.learn.epoch, self._phase, self._done))
 
 @patch
 def _watch(self:ResumeFit, f):
@@ -576,40 +572,53 @@ def _moment(self:ResumeFit, place):
     if stop and place[0] < self.learn.n_epoch: self._stop(place)
     if save: self._save(place)
 
+# %% ../nbs/02_resume.ipynb #r0000033
 @patch
 def _due(self:ResumeFit, at_end):
-    "Is it time to stop, and to save? All processes agree on it, about once a second"
+    "Is it time to stop, and to save?"
     now,self._n_asked = time.monotonic(),self._n_asked+1
     start = self._call.start if self._call else self._start
     stop = self._signalled or self.minutes is not None and now-start >= 60*self.minutes
-    save = now-self._last >= (60*self.every if not at_end else 100*self._cost if self._cost > 1 else 0)
-    if self._world == 1: return stop,save
+    save = now-self._last >= max(0 if at_end else 60*self.every, 100*self._cost if self._cost > 1 else 0)
+    return (stop,save) if self._world == 1 else self._agree(stop, save, now, at_end)
+
+# %% ../nbs/02_resume.ipynb #r0000035
+@patch
+def _agree(self:ResumeFit, stop, save, now, at_end):
+    "All processes do what one of them has to do"
     if not at_end and self._n_asked < self._skip: return False,False
-    wish = torch.tensor([stop, save, (now-self._asked)/self._n_asked], dtype=torch.float, device=next(self.learn.model.parameters()).device)
+    device = next(self.learn.model.parameters()).device
+    wish = torch.tensor([stop, save, (now-self._asked)/self._n_asked], dtype=torch.float, device=device)
     dist.all_reduce(wish, dist.ReduceOp.MAX)
     stop,save,pace = wish.tolist()
     self._asked,self._n_asked,self._skip = now,0,max(1, int(min(1, 60*self.every)/max(pace, 1e-6)))
     return bool(stop),bool(save)
 
+# %% ../nbs/02_resume.ipynb #r0000034
 @patch
 def _stop(self:ResumeFit, place):
     self._save(place)
     self.stopped = True
     if self._call: self._call.stopped = True
     self._warned = False
-    why = 'by SIGTERM' if self._signalled else f'after {self.minutes} minutes' if self.minutes else 'by another process'
-    self.warn_once(f'The fit was ended {why}, in epoch {place[0]} of 0 to {self.learn.n_epoch-1}. The same call goes on with it.')
+    why = f'after {self.minutes} minutes' if self.minutes else 'by another process'
+    if self._signalled: why = 'by SIGTERM'
+    self.warn_once(f'The fit was ended {why}, in epoch {place[0]} of 0 to {self.learn.n_epoch-1}. '
+                   'The same call goes on with it.')
     raise CancelFitException
 
 # %% ../nbs/02_resume.ipynb #6ad4ab9b
 @patch
 def _save(self:ResumeFit, place):
     start,learn = time.monotonic(),self.learn
-    state = dict(version=__version__, fit=self._fit, before=self._call.fits if self._call else [], number=self._number+1,
-                 place=list(place), drawn=self._drawn if place[1] else None, state=_fit_state(learn))
+    state = dict(version=__version__, fit=self._fit, before=self._call.fits if self._call else [],
+                 number=self._number+1, place=list(place), drawn=self._drawn if place[1] else None,
+                 state=_fit_state(learn))
     try: _write_file(self._file, state)
     except (OSError, RuntimeError) as e: # PyTorch's writer has its own word for a full disk
-        self.warn_once(f'`{self._file}` could not be written: {e}. Training goes on, and the file before it is as it was.')
+        why = e if isinstance(e, OSError) else f'{e} (is the disk full?)'
+        self.warn_once(f'`{self._file}` could not be written: {why}. Training goes on, '
+                       'and the file before it is as it was.')
     self._number += 1
     self._last = time.monotonic()
     self._cost = self._last-start
@@ -622,16 +631,18 @@ def _find(self:ResumeFit):
     saved = self._read()
     if not saved: return
     before,there = self._call.fits if self._call else [],saved['before']
-    if saved['version'] != __version__: self._refuse([f'version of fastcb_training: {saved["version"]} there, {__version__} here'])
+    if (v := saved['version']) != __version__:
+        self._refuse([f'version of fastcb_training: {v} there, {__version__} here'])
     n = len(before)
     if len(there) > n:
         if self._call and not _differences(there[n]['fit'], self._fit): return self._pass(_unpack(there[n]))
         self._refuse(['it is of a later fit of a `fine_tune`'])
-    if len(there) == n-1 and not _differences(saved['fit'], before[-1]['fit']): return # of the fit before, that just ended
+    if len(there) == n-1 and not _differences(saved['fit'], before[-1]['fit']): return # of the fit that just ended
     if diff := _differences(saved['fit'], self._fit): self._refuse(diff)
     self._saved,self._place,self._number = saved,tuple(saved['place']),saved['number']
     if self.learn.logger is not noop: print(self._where())
 
+# %% ../nbs/02_resume.ipynb #r0000036
 @patch
 def _where(self:ResumeFit):
     epoch,phase,k = self._place
@@ -643,6 +654,7 @@ def _pass(self:ResumeFit, fit=None):
     "All epochs are passed by: the fit is over, or a fit before it was ended before its time"
     self._passed,self._place,self.stopped = fit,(inf, None, 0),fit is None
 
+# %% ../nbs/02_resume.ipynb #r0000037
 @patch
 def _refuse(self:ResumeFit, why):
     more = f' and {len(why)-5} more' if len(why) > 5 else ''
@@ -664,49 +676,53 @@ def _read(self:ResumeFit):
     if common:
         if bad: warnings.warn(f'{"; ".join(bad)}. Going on from an older file.')
         return found[max(common)]
-    if bad: raise RuntimeError(f'{"; ".join(bad)}. Delete what is there to start from nothing, or give another `fname`.')
+    if bad:
+        raise RuntimeError(f'{"; ".join(bad)}. Delete what is there to start from nothing, or give another `fname`.')
 
+# %% ../nbs/02_resume.ipynb #r0000038
 def _shared(numbers, bad, world):
     if world == 1: return numbers,bad
     seen = [None]*world
     dist.all_gather_object(seen, (numbers, bad))
     common,bad = set.intersection(*(o for o,_ in seen)),[o for _,b in seen for o in b]
-    if not common and any(o for o,_ in seen): bad.append(f'The processes have files of different moments: {[sorted(o) for o,_ in seen]}')
+    if not common and any(o for o,_ in seen):
+        bad.append(f'The processes have files of different moments: {[sorted(o) for o,_ in seen]}')
     return common,bad
-
-def _world(learn): return dist.get_world_size() if hasattr(learn, 'distributed_trainer') and dist.is_initialized() else 1
 
 # %% ../nbs/02_resume.ipynb #e9af4289
 @patch
 def _listen(self:ResumeFit):
-    "`SIGTERM` is what clusters and containers send; only the main thread can have a handler"
+    "Only the main thread can have a handler"
     self._handler = None
     if threading.current_thread() is not threading.main_thread(): return
-    self._handler = signal.getsignal(signal.SIGTERM) # None if it was not set from Python, and could not be set back
+    self._handler = signal.getsignal(signal.SIGTERM) # None if C code has set it: it could not be set back
     if self._handler is not None: signal.signal(signal.SIGTERM, partial(_on_signal, self, os.getpid()))
 
+# %% ../nbs/02_resume.ipynb #r0000040
 def _on_signal(cb, pid, *args):
     if os.getpid() != pid: # a child that was forked with the handler
         signal.signal(signal.SIGTERM, cb._handler)
         return signal.raise_signal(signal.SIGTERM)
-    if not cb._signalled and hasattr(signal, 'SIGCHLD'): # PyTorch would raise in the middle of a batch, since workers are told to stop too
+    if not cb._signalled and hasattr(signal, 'SIGCHLD'): # PyTorch would raise when workers end
         cb._child_handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     cb._signalled = True
 
+# %% ../nbs/02_resume.ipynb #r0000041
 @patch
 def _unlisten(self:ResumeFit):
     if self._handler is None: return
     signal.signal(signal.SIGTERM, self._handler)
     self._handler = None
     if not self._signalled: return
-    if hasattr(signal, 'SIGCHLD') and self._child_handler is not None: signal.signal(signal.SIGCHLD, self._child_handler)
+    if getattr(self, '_child_handler', None) is not None: signal.signal(signal.SIGCHLD, self._child_handler)
     for o in sys.stdout,sys.stderr: o.flush()
     signal.raise_signal(signal.SIGTERM)
 
 # %% ../nbs/02_resume.ipynb #8c56fcf7
 class _Call:
     "The fits of one call of `fine_tune`"
-    def __init__(self): self.fits,self.files,self.stopped,self.start = [],set(),False,time.monotonic()
+    stopped = False
+    def __init__(self): self.fits,self.files,self.start = [],set(),time.monotonic()
 
 _fine_tune = Learner.fine_tune
 
@@ -718,3 +734,40 @@ def fine_tune(self, *args, **kwargs):
     finally: del vars(self)['_call_of_fits']
     if not call.stopped:
         for o in call.files: _remove_files(o)
+
+# %% ../nbs/02_resume.ipynb #0a0f9770
+_running = WeakSet() # Learners in a fit that can go on; a fit inside it can't
+
+@patch
+def start_fit(self:ResumeFit):
+    learn = self.learn
+    now = time.monotonic()
+    vars(self).update(stopped=False, _passed=None, _signalled=False, _phase=None, _inside=False, _checked=False,
+        _saved=None, _place=None, _number=0, _cost=0., _skip=1, _n_asked=0, _start=now, _last=now, _asked=now,
+        _call=vars(learn).get('_call_of_fits'), _world=_world(learn), _fit=_identity(learn))
+    rank = dist.get_rank() if self._world > 1 else 0
+    self._file = learn.path/learn.model_dir/f"{self.fname}{f'.rank{rank}' if rank else ''}.pth"
+    self._find()
+    self._listen()
+    vars(learn)['_with_events'] = partial(_around, learn)
+    _running.add(learn)
+
+# %% ../nbs/02_resume.ipynb #r0000027
+@patch
+def end_fit(self:ResumeFit):
+    vars(self.learn).pop('_with_events', None)
+    _running.discard(self.learn)
+    self._saved = None
+    self._unlisten()
+
+# %% ../nbs/02_resume.ipynb #r0000028
+@patch
+def _finish(self:ResumeFit):
+    "The fit has come to its end: in `fine_tune` its file has to last until the next fit has one"
+    if self.stopped or self._call and self._call.stopped: return
+    opt = self.learn.opt
+    if self._passed:
+        for k in self._passed['hypers'][0]: opt.set_hyper(k, [h[k] for h in self._passed['hypers']])
+    if not self._call: return _remove_files(self._file)
+    self._call.files.add(self._file)
+    self._call.fits.append(dict(fit=self._fit, hypers=_pack([{**h} for h in opt.hypers])))

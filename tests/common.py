@@ -1,6 +1,8 @@
 "What several tests need: quiet Learners, a probe that records, data that is counted"
 import warnings
 from functools import cache
+from itertools import count
+from tempfile import mkdtemp
 
 from fastai.basics import *
 from fastai.callback.all import *
@@ -14,6 +16,7 @@ from fastcb_training.accumulation import GradientAccumulation
 from fastcb_training.clip import GradientClip
 from fastcb_training.features import FeatureCache
 from fastcb_training.microbatch import MicroBatch
+from fastcb_training.resume import ResumeFit
 from fastcb_training.shortepoch import ShortEpochCallback
 
 
@@ -114,12 +117,14 @@ def frozen_learner(cbs=None, dls=None, **kwargs):
     return linear_learner(dls or frozen_data(), frozen_net(), cbs=[*L(cbs), probe], train_bn=False, **kwargs),probe
 
 
+_files = (Path(mkdtemp(prefix='fastcb'))/str(i) for i in count()) # for `ResumeFit`: each fit needs its own
+
 # Each of our callbacks, and all of them; a window of two batches is open after the third batch of an epoch
 ours = dict(
     short=lambda: [ShortEpochCallback(n_batches=4, resume=True)],
     accumulation=lambda: [GradientAccumulation(8, flush=True)],
     clip=lambda: [GradientClip(.1)], bnfreeze=lambda: [BnFreeze()], micro=lambda: [MicroBatch(3)],
-    features=lambda: [FeatureCache()])
+    features=lambda: [FeatureCache()], resume=lambda: [ResumeFit(next(_files))])
 ours['all'] = lambda: [cb for k,f in ours.items() if k not in ('features', 'all') for cb in f()]
 
 

@@ -26,6 +26,10 @@ refusals = {
         'n_batches': {ValueError: [0, -1, int64(0)], TypeError: no_counts},
         'n_valid': {ValueError: [0, -1, int64(0)], TypeError: no_counts},
         'resume': no_bools, 'overfit': no_bools, 'dry_run': no_bools},
+    'ResumeFit': {
+        'fname': {ValueError: ['', '.'], TypeError: [None, True, 0, 3, nan, inf, b'resume', [], ['resume'], {}]},
+        'every': {ValueError: [-1, -.1, nan, -inf, int64(-1), float32(nan), Fraction(-1, 2)], TypeError: no_numbers},
+        'minutes': {ValueError: not_above_0, TypeError: no_numbers[1:]}},
     'GradientAccumulation': {
         'n_acc': {ValueError: [*not_above_0, inf],
                   TypeError: [None, True, False, '', '32', b'1', [], [32], {}, 1j, Decimal(32), array([32]), tensor([16, 32])]},

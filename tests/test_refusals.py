@@ -13,7 +13,8 @@ from refusals import refusals
 public = {name: o for name,o in [*vars(everything).items(), ('digits', digits)] if callable(o) and not name.startswith('_')}
 rows = [(name, arg, error, value) for name,args in refusals.items() for arg,errors in args.items()
         for error,values in errors.items() for value in values]
-allowed = dict(body='a module, a function of the model, or None', views='a whole number, 1 or more',
+allowed = dict(fname='the name of a file', every='a number of minutes, 0 or above', minutes='a number of minutes above 0, or None',
+               body='a module, a function of the model, or None', views='a whole number, 1 or more',
                pct='a number above 0 and at most 1', n_batches='a whole number, 1 or more', n_valid='a whole number, 1 or more',
                n_acc='a finite number above 0', count='a function of the targets', reduction="None or one of ('mean', 'sum')",
                max_norm='a number above 0', norm_type='a number above 0', nonfinite="one of ('skip', 'raise', 'ignore')",

@@ -69,12 +69,11 @@ killed = [
     ('stream', ['SIGKILL', 'before_batch', 5]),
     ('tuned', ['SIGKILL', 'before_batch', 5], ['SIGKILL', 'after_fit', 1], ['SIGTERM', 'before_batch', 4]),
     ('ours', ['SIGKILL', 'before_batch', 10], ['SIGTERM', 'after_batch', 2, 'valid'], ['SIGKILL', 'before_batch', 2]),
+    ('features', ['SIGKILL', 'after_batch', 4], ['SIGTERM', 'after_batch', 2, 'valid'], ['SIGKILL', 'before_batch', 2]),
     ('two', ['SIGKILL', 'after_batch', 5, None, 0], ['SIGTERM', 'after_batch', 4, None, 1], ['os', 'replace', 4, 1]),
 ]
 
-waits = pytest.mark.xfail(not hasattr(GradientAccumulation, 'state_dict'), reason='`GradientAccumulation` has no state yet', strict=True)
-
-@pytest.mark.parametrize('case,deaths', [pytest.param(case, deaths, marks=waits if case == 'ours' else ()) for case,*deaths in killed], ids=[f'{o[0]}-{i}' for i,o in enumerate(killed)])
+@pytest.mark.parametrize('case,deaths', [(case, deaths) for case,*deaths in killed], ids=[f'{o[0]}-{i}' for i,o in enumerate(killed)])
 def test_killed(server, case, deaths):
     ends = server.assert_same(case, *deaths)
     assert len(ends) == len(deaths)+1, ends # each death was died
@@ -265,7 +264,7 @@ def simple(folder, n_epoch=3, lr=.05, cbs=(), n=44, bs=8, shuffle=True, model=No
     (dict(n_epoch=4), 'epochs: 3 there, 4 here'), (dict(lr=.06), '`lr`: [0.05] there, [0.06] here'), (dict(wd=.1), '`wd`'),
     (dict(n=45), 'training data, items: 44 there, 45 here'), (dict(bs=9), 'training data, bs'), (dict(shuffle=False), 'training data, shuffle'),
     (dict(model=nn.Linear(3, 1)), 'of the model'), (dict(opt=Adam), 'optimizer'), (dict(opt=partial(SGD, mom=.8)), '`mom`'),
-    (dict(loss=L1LossFlat()), 'loss'), (dict(cbs=[GradientClip(1.)]), 'callback GradientClip.0: none there'), (dict(ds=Noisy(44).x.numpy()[::-1].tolist()), 'training data')], ids=str)
+    (dict(loss=L1LossFlat()), 'loss'), (dict(cbs=[GradientClip(1.)]), 'callback GradientClip.0: none there, one here'), (dict(ds=Noisy(44).x.numpy()[::-1].tolist()), 'training data')], ids=str)
 def test_other_fits_are_refused(other, says, tmp_path):
     fitted(tmp_path, simple, ('after_batch', 4))
     before = file_of(tmp_path).read_bytes()
@@ -298,12 +297,26 @@ def test_a_broken_file(size, tmp_path):
     with pytest.raises(RuntimeError, match='resume.prev.*can.t be read.*Delete'): fitted(both, simple)
     assert file_of(both).exists()
 
+def test_nothing_is_read_from_the_file_later(whole, tmp_path, monkeypatch):
+    "It is mapped while a fit goes on; when the next one is written, all of it has been copied"
+    write = resume._write_file
+    def spoiled(path, state):
+        for o in path,path.with_suffix('.prev'):
+            if o.exists():
+                with o.open('r+b') as f: f.write(bytes(o.stat().st_size))
+        write(path, state)
+    fitted(tmp_path, richly, ('after_batch', 13))
+    with monkeypatch.context() as m:
+        m.setattr(resume, '_write_file', spoiled)
+        fitted(tmp_path, richly, ('after_batch', 2))
+    assert differs(whole, outcome(tmp_path, fitted(tmp_path, richly))) == []
+
 def test_a_full_disk(tmp_path, monkeypatch):
     save,n = torch.save,[0]
     def full(state, f, **kwargs):
         n[0] += 1
         if n[0] in (3, 4):
-            f.write(b'half of it')
+            f.write_bytes(b'half of it')
             raise OSError(28, 'No space left on device')
         save(state, f, **kwargs)
     expected = fitted(tmp_path/'whole', simple)

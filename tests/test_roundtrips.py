@@ -96,7 +96,7 @@ def arguments(cb): return {k: getattr(cb, k) for k in inspect.signature(type(cb)
 @pytest.mark.parametrize('how', [copy, deepcopy, pickled, cloudpickled])
 @pytest.mark.parametrize('cb', [
     ShortEpochCallback(short_valid=False, n_batches=2, resume=True), GradientAccumulation(len, count=sum, flush=True),
-    GradientClip(.5, 1, nonfinite='raise'), BnFreeze(only_frozen=False), MicroBatch(8), FeatureCache(views=2)], ids=repr)
+    GradientClip(.5, 1, nonfinite='raise'), BnFreeze(only_frozen=False), MicroBatch(8), FeatureCache(views=2), ResumeFit('a', every=1, minutes=2)], ids=repr)
 def test_copies_have_the_arguments(cb, how): assert repr(arguments(how(cb))) == repr(arguments(cb)) and arguments(cb)
 
 
