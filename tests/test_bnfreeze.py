@@ -14,7 +14,6 @@ from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
 from common import *
 from fastai.callback.all import ParamScheduler
 from fastcb_training.bnfreeze import BnFreeze, bn_types, frozen_bn, set_bn_eval
-from fastcb_training.core import hold, let_go
 
 
 def net(body=None, frozen=True):
