@@ -76,14 +76,13 @@ def _bn_layers(modules):
     names = dict.fromkeys(runner(name) for name,m in modules.items() if _keeps(m))
     return {name: modules[name] for name in names if name in modules}
 
-# %% ../nbs/06_bnfreeze.ipynb #978299a4
+# %% ../nbs/06_bnfreeze.ipynb #5f403c57
 def frozen_bn(
     m:nn.Module, # A model, or a part of one
 )->L: # Pairs of a layer's name and the layer
     "The frozen batchnorm layers in `m`, which `set_bn_eval` sets and `BnFreeze` holds"
     return L(_bn_layers(_survey(check('m', m, nn.Module, 'a module'))[1]).items())
 
-# %% ../nbs/06_bnfreeze.ipynb #5f403c57
 def set_bn_eval(
     m:nn.Module, # A model, or a part of one; `m` itself counts
     use_eval:bool=True, # True: eval mode; False: back to training mode
@@ -147,7 +146,7 @@ def copy(self:_Held, memo):
     return copied
 
 @patch
-def __reduce__(self:_Held): return bool, () # for a module that pickles all its attributes before it drops this one
+def __reduce__(self:_Held): return object.__new__, (_Held,) # for a module that pickles all that it has, then drops this
 
 def _hold(m):
     "Keep `m`, but nothing inside it, in eval mode until all that hold it let go"
@@ -268,29 +267,24 @@ def _look(self:BnFreeze):
     self._drop_grads()
     self._note_buffers(frozen | layers)
 
-@patch
-def _changed(self:BnFreeze):
-    return any(map(_trains, self._frozen)) or not all(map(_trains, self._trained))
-
-_trains,_training = attrgetter('requires_grad'),attrgetter('training')
-
 # %% ../nbs/06_bnfreeze.ipynb #aa6c061c
 @patch
 def _warn_forgotten(self:BnFreeze):
     if not (self.only_frozen and self._frozen and self.learn.train_bn): return
     (_,frozen),(_,but_for_norms) = self._modules(),self._modules(but=(*bn_types, *norm_types))
     n = len(_bn_layers(but_for_norms).keys() - frozen)
-    layers,them = ('layer of the frozen part trains', 'it') if n == 1 else ('layers of the frozen part train', 'them')
-    if n: self.warn_once(f'{n} batchnorm {layers}, so `BnFreeze` lets the statistics go on. '
+    layers,trains,them = ('layer','trains','it') if n == 1 else ('layers','train','them')
+    if n: self.warn_once(f'{n} batchnorm {layers} of the frozen part {trains}, '
+                         'so `BnFreeze` lets the statistics go on. '
                          f'Make the Learner with `train_bn=False` to freeze {them} too.')
 
 @patch
 def _warn_moved(self:BnFreeze, moved):
     held = all(m in self._held or type(m) is nn.Module for m,_,_ in moved.values())
     shown = ', '.join(f'`{o}`' for o in [*moved][:5]) + ', ...'*(len(moved) > 5)
+    why = 'The forward pass does not heed eval mode.' if held else 'With `all_layers=True` it may keep still.'
     self.warn_once(f'Nothing trains in the frozen part, but {shown} moved. '
-                   '`BnFreeze` puts back the value at each step. '
-                   + ('The forward pass does not heed eval mode.' if held else 'With `all_layers=True` it may keep still.'))
+                   f'`BnFreeze` puts back the value at each step. {why}')
 
 # %% ../nbs/06_bnfreeze.ipynb #06982ba2
 @patch
@@ -316,6 +310,12 @@ def end_fit(self:BnFreeze):
     for name in self._stateattrs[1:]: vars(self).pop(name, None)
 
 # %% ../nbs/06_bnfreeze.ipynb #bnf00030
+@patch
+def _changed(self:BnFreeze):
+    return any(map(_trains, self._frozen)) or not all(map(_trains, self._trained))
+
+_trains,_training = attrgetter('requires_grad'),attrgetter('training')
+
 @patch
 def before_batch(self:BnFreeze):
     if self._changed(): self._look()
