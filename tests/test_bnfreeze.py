@@ -193,6 +193,14 @@ def test_frozen_parameters_stay_whatever_was_before(opt, history, tmp_path):
     learn.fit(1, .01, cbs=BnFreeze)
     assert moved(before, learn.model[0]) >= {'0.weight', '1.weight', '1.running_mean'} # it trains again
 
+def test_gradients_that_others_put_on_frozen_parameters_do_nothing():
+    learn = learner(net(), opt_func=Adam, wd=.1)
+    before = bits(learn.model[0])
+    def fill(learn):
+        for p in learn.model[0].parameters(): p.grad = torch.ones_like(p)
+    learn.fit(2, .01, cbs=[BnFreeze, On('before_step', fill)])
+    assert not moved(before, learn.model[0])
+
 layer_kinds = dict(linear=partial(nn.Linear, 4, 4), bn=partial(nn.BatchNorm1d, 4), bare=partial(nn.BatchNorm1d, 4, affine=False),
                    dropout=nn.Dropout, depth=partial(StochasticDepth, .5, 'row'), spectral=lambda: spectral_norm(nn.Linear(4, 4)),
                    evo=Evo, counting=Counting, heedless=Heedless, instance=lambda: Instance(4, affine=True, track_running_stats=True))
