@@ -287,7 +287,7 @@ def scale_layers(variant, quick):
         model = nn.Sequential(*(nn.BatchNorm1d(1) for _ in range(n))).requires_grad_(False)
         if variant == 'fastai': return dict(find=partial(set_bn_eval, model))
         cb = BnFreeze()
-        cb.learn = SimpleNamespace(model=model)
+        cb.learn = SimpleNamespace(model=model, train_bn=False, training=True)
         cb.before_train()
         forward = partial(model, torch.ones(2, 1))
         return {'find': partial(frozen_bn, model), 'look': cb.before_batch, 'forward pass': forward}

@@ -7,7 +7,7 @@ bugs, so that you change one import. The other callbacks are new.
 Modules:
 
 - `fastcb_training.accumulation`: My batch does not fit: train as if it did. The gradient of every step is the gradient of the big batch
-- `fastcb_training.bnfreeze`: Several heads, one frozen body: batchnorm statistics, weights and all, held to the last bit
+- `fastcb_training.bnfreeze`: Freeze batchnorm, weights and all the rest of a body to the last bit, so that it can carry several heads
 - `fastcb_training.clip`: My loss explodes or turns NaN: clip the norm of the whole gradient, see the norm of every step, skip what is not finite
 - `fastcb_training.data`: Real handwritten digits as an image folder, without a download
 - `fastcb_training.features`: What never changes is computed once: train heads on the features of a frozen body

@@ -1,23 +1,24 @@
-"""Several heads, one frozen body: batchnorm statistics, weights and all, held to the last bit
+"""Freeze batchnorm, weights and all the rest of a body to the last bit, so that it can carry several heads
 
-A body that was trained once can carry many heads, if it stays the same. `Learner.freeze()` does not see to that: batchnorm layers
-go on learning running statistics, weight decay and momentum go on moving weights that were trained in the same process, and dropout
-goes on. fastai's `BnFreeze` holds some batchnorm layers, until anything calls `model.train()`. Here frozen is frozen:
+How do you freeze batchnorm, and the rest of a pretrained body? `Learner.freeze()` alone leaves much of it moving: batchnorm
+layers go on learning running statistics, weight decay and momentum go on moving weights that were trained in the same process,
+and dropout goes on. fastai's `BnFreeze` holds some of the batchnorm layers, until something calls `model.train()`. With this
+`BnFreeze` frozen is frozen, so that one body serves many heads:
 
-1. **Frozen is a batchnorm layer none of whose own parameters can be trained.** One without parameters (`affine=False`) goes with the
-   nearest enclosing module that has some. `only_frozen=False` takes every batchnorm layer, trainable or not, and `part`, a function
-   of the model, says to which part of it all this applies.
+1. **A batchnorm layer is frozen if none of its own parameters can be trained.** A layer without parameters (`affine=False`) goes
+   with the nearest enclosing module that has some. `only_frozen=False` takes every batchnorm layer, trainable or not, and `part`,
+   a function of the model, says to which part of it all this applies.
 2. **All kinds, at any depth**: `BatchNorm1d/2d/3d`, `SyncBatchNorm`, the lazy ones, `InstanceNorm` that keeps statistics, any other
    layer with a `running_...` buffer, those inside a scripted or extracted body, and the module itself. `use_eval=False` puts the
    same layers back in training mode.
-3. **`BnFreeze` holds those layers bit for bit through a fit** (mean, variance, batch counter), whoever calls `model.train()` at
-   whatever moment, also to run the model between batches. Any other buffer of the frozen part that moves in a batch is put back and named in a
-   warning. Layers that train keep on. Nothing about the optimizer or the keys of `state_dict` changes.
+3. **`BnFreeze` holds those layers bit for bit through a fit** (mean, variance, batch counter), whatever calls `model.train()`, and
+   whenever, also to run the model between batches. Any other buffer of the frozen part that moves in a batch is put back and
+   named in a warning. Layers that train keep on training. Neither the optimizer nor the keys of `state_dict` change.
 4. **A frozen parameter keeps its value**, whatever its gradient or the optimizer's state still holds from a time when it was trained.
-5. **What is frozen is looked at when a fit begins and whenever it has changed since**, in mid-epoch too.
+5. **It looks at what is frozen when a fit begins and whenever that has changed**, in mid-epoch too.
 6. **`all_layers=True` puts every frozen part in eval mode whole**: no dropout, no drop path, no power iteration of a spectral norm.
    Then the body gives in training what it gives in service.
-7. **It warns, once a fit, where batchnorm layers train in a frozen part**, and says `train_bn=False`, which is what was forgotten.
+7. **It warns, once a fit, where batchnorm layers train in a frozen part**, and names `train_bn=False`, which was forgotten.
 
 Docs: https://fastcb.github.io/fastcb_training/bnfreeze.html.md"""
 
@@ -28,6 +29,7 @@ __all__ = ['bn_types', 'frozen_bn', 'set_bn_eval', 'BnFreeze']
 
 # %% ../nbs/06_bnfreeze.ipynb #6f14f16e
 from collections.abc import Callable
+from contextlib import contextmanager
 from math import inf
 from operator import attrgetter
 
@@ -36,11 +38,12 @@ from fastai.optimizer import Lookahead
 from fastai.torch_core import get_model, norm_types
 from fastcore.basics import patch
 from fastcore.foundation import L
+from fastcore.imports import noop
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 
-from .core import FitCallback, check, hold, let_go, set_mode
+from .core import FitCallback, check
 
 # %% ../nbs/06_bnfreeze.ipynb #aff46447
 bn_types = (_NormBase,)
@@ -73,14 +76,13 @@ def _bn_layers(modules):
     names = dict.fromkeys(runner(name) for name,m in modules.items() if _keeps(m))
     return {name: modules[name] for name in names if name in modules}
 
-# %% ../nbs/06_bnfreeze.ipynb #978299a4
+# %% ../nbs/06_bnfreeze.ipynb #5f403c57
 def frozen_bn(
     m:nn.Module, # A model, or a part of one
 )->L: # Pairs of a layer's name and the layer
     "The frozen batchnorm layers in `m`, which `set_bn_eval` sets and `BnFreeze` holds"
     return L(_bn_layers(_survey(check('m', m, nn.Module, 'a module'))[1]).items())
 
-# %% ../nbs/06_bnfreeze.ipynb #5f403c57
 def set_bn_eval(
     m:nn.Module, # A model, or a part of one; `m` itself counts
     use_eval:bool=True, # True: eval mode; False: back to training mode
@@ -92,7 +94,73 @@ def set_bn_eval(
     check('use_eval', use_eval, bool, 'True or False')
     modules,frozen = _survey(m)
     layers = _bn_layers(frozen if check('only_frozen', only_frozen, bool, 'True or False') else modules)
-    for o in layers.values(): set_mode(o, not use_eval)
+    for o in layers.values(): _set_mode(o, not use_eval)
+
+def _set_mode(m, training):
+    "Put `m` into training or eval mode, but nothing inside it"
+    inside = [(o, o.training) for o in m.modules() if o is not m] if m._modules else ()
+    m.train(training)
+    for o,was in inside: o.training = was
+
+# %% ../nbs/06_bnfreeze.ipynb #bnfh0002
+class _Held:
+    "Stands in for the `train` of a module that stays in eval mode; knows the mode that it would be in"
+    def __init__(self, m):
+        self.m,self.mode,self.holders = m,getattr(m, 'training', False),0
+        self.ours = dict(train=self, __getstate__=self.state)
+        if hasattr(type(m), '__deepcopy__'): self.ours['__deepcopy__'] = self.copy
+        if hasattr(type(m), 'reset_running_stats'): self.ours['reset_running_stats'] = noop
+        self.theirs = {k: vars(m)[k] for k in self.ours if k in vars(m)}
+        if self.mode: _set_mode(m, False)
+        vars(m).update(self.ours)
+
+    def take_off(self):
+        for k in self.ours: vars(self.m).pop(k, None)
+        vars(self.m).update(self.theirs)
+
+    @contextmanager
+    def off(self):
+        self.take_off()
+        try: yield self.m
+        finally: vars(self.m).update(self.ours)
+
+    def __call__(self, mode=True):
+        "What `train` does, but for the module's own mode"
+        with self.off() as m:
+            m.train(mode)
+            self.mode = m.training
+            _set_mode(m, False)
+        return m
+
+# %% ../nbs/06_bnfreeze.ipynb #bnfh0004
+@patch
+def state(self:_Held):
+    "For `copy` and `pickle`: the module as it would be"
+    with self.off() as m: return {**getattr(m, '__getstate__', vars(m).copy)(), 'training': self.mode}
+
+@patch
+def copy(self:_Held, memo):
+    "For `deepcopy` of a module that has its own way"
+    with self.off() as m: copied = m.__deepcopy__(memo)
+    if self.mode: _set_mode(copied, True)
+    return copied
+
+@patch
+def __reduce__(self:_Held): return object.__new__, (_Held,) # for a module that pickles all that it has, then drops this
+
+def _hold(m):
+    "Keep `m`, but nothing inside it, in eval mode until all that hold it let go"
+    held = vars(m).get('train')
+    if not isinstance(held, _Held): held = _Held(m)
+    held.holders += 1
+    return held
+
+def _let_go(held):
+    "Take back a `_hold`; the last one gives the module the mode that it would be in"
+    held.holders -= 1
+    if held.holders: return
+    held.take_off()
+    if held.mode: _set_mode(held.m, True)
 
 # %% ../nbs/06_bnfreeze.ipynb #bnf00023
 class _FirstThenLast:
@@ -128,82 +196,6 @@ class BnFreeze(FitCallback):
         if event in self._events: self._events[event](self)
 
 def _no_module(o): return not isinstance(o, nn.Module)
-
-# %% ../nbs/06_bnfreeze.ipynb #06982ba2
-@patch
-def before_fit(self:BnFreeze):
-    if not self._looking: self._begin() # `before_train` would be late: what comes before it may run the model
-
-@patch
-def start_fit(self:BnFreeze):
-    self._held,self._moving,self._was = {},{},{}
-    self._look_anew()
-    self._was = {} # weights may be loaded before the first batch
-
-@patch
-def before_train(self:BnFreeze):
-    self._begin()
-    self._look_anew() # the model may have been wrapped, and its layers replaced
-    self._warn_forgotten()
-
-@patch
-def end_fit(self:BnFreeze):
-    self._put_back()
-    for o in self._held.values(): let_go(o)
-    for name in self._stateattrs[1:]: vars(self).pop(name, None)
-
-# %% ../nbs/06_bnfreeze.ipynb #bnf00028
-def _unwrapped(model):
-    "The model inside of what `distrib_ctx`, `torch.compile` and `DataParallel` make of it"
-    inner = getattr(get_model(model), '_orig_mod', get_model(model))
-    return model if inner is model else _unwrapped(inner)
-
-@patch
-def _modules(self:BnFreeze, but=()):
-    "The modules to look at by name: all of them, and the frozen ones"
-    found = _survey(self._model, but)
-    if not self.part: return found
-    part = check('part(model)', self.part(_unwrapped(self._model)), nn.Module, 'a module')
-    inside = set(part.modules())
-    return [{name: m for name,m in modules.items() if m in inside} for modules in found]
-
-@patch
-def _look_anew(self:BnFreeze):
-    self._model = self.learn.model # in a batch, another callback may have put something else there
-    self._look()
-
-@patch
-def _look(self:BnFreeze):
-    "Hold what is frozen now, and nothing else"
-    modules,frozen = self._modules()
-    layers = frozen if self.only_frozen else modules
-    if not self.all_layers: layers = _bn_layers(layers)
-    before,self._held = self._held,{m: self._held.pop(m, None) or hold(m) for m in layers.values()}
-    for o in before.values(): let_go(o)
-    params = [p for m in modules.values() for p in m._parameters.values() if p is not None]
-    self._frozen,self._trained = ([p for p in params if p.requires_grad == o] for o in (False, True))
-    self._drop_grads()
-    self._note_buffers(frozen | layers)
-
-# %% ../nbs/06_bnfreeze.ipynb #bnf00030
-_trains,_training = attrgetter('requires_grad'),attrgetter('training')
-
-@patch
-def _changed(self:BnFreeze):
-    return any(map(_trains, self._frozen)) or not all(map(_trains, self._trained))
-
-@patch
-def before_batch(self:BnFreeze):
-    if self._changed(): self._look()
-    if any(map(_training, self._held)):
-        for m in self._held: m.training = False # it was set without `train`
-
-@patch
-def before_step(self:BnFreeze):
-    if self._changed(): self._look() # frozen since the forward pass
-    elif self._was: self._put_back()
-    self._drop_grads()
-    if isinstance(self.learn.opt, Lookahead): _follow(self.learn.opt)
 
 # %% ../nbs/06_bnfreeze.ipynb #bnf00032
 @patch
@@ -242,20 +234,97 @@ def _put_back(self:BnFreeze):
     if moved.keys()-self._moving.keys(): self._warn_moved(moved)
     self._was = self._moving = self._moving | moved
 
+# %% ../nbs/06_bnfreeze.ipynb #bnf00028
+def _unwrapped(model):
+    "The model inside of what `distrib_ctx`, `torch.compile` and `DataParallel` make of it"
+    inner = getattr(get_model(model), '_orig_mod', get_model(model))
+    return model if inner is model else _unwrapped(inner)
+
+@patch
+def _modules(self:BnFreeze, but=()):
+    "The modules to look at by name: all of them, and the frozen ones"
+    found = _survey(self._model, but)
+    if not self.part: return found
+    part = check('part(model)', self.part(_unwrapped(self._model)), nn.Module, 'a module')
+    inside = set(part.modules())
+    return [{name: m for name,m in modules.items() if m in inside} for modules in found]
+
+@patch
+def _look_anew(self:BnFreeze):
+    self._model = self.learn.model # in a batch, another callback may have put something else there
+    self._look()
+
+@patch
+def _look(self:BnFreeze):
+    "Hold what is frozen now, and nothing else"
+    modules,frozen = self._modules()
+    layers = frozen if self.only_frozen else modules
+    if not self.all_layers: layers = _bn_layers(layers)
+    before,self._held = self._held,{m: self._held.pop(m, None) or _hold(m) for m in layers.values()}
+    for o in before.values(): _let_go(o)
+    params = [p for m in modules.values() for p in m._parameters.values() if p is not None]
+    self._frozen,self._trained = ([p for p in params if p.requires_grad == o] for o in (False, True))
+    self._drop_grads()
+    self._note_buffers(frozen | layers)
+
 # %% ../nbs/06_bnfreeze.ipynb #aa6c061c
 @patch
 def _warn_forgotten(self:BnFreeze):
     if not (self.only_frozen and self._frozen and self.learn.train_bn): return
     (_,frozen),(_,but_for_norms) = self._modules(),self._modules(but=(*bn_types, *norm_types))
     n = len(_bn_layers(but_for_norms).keys() - frozen)
-    layers,them = ('layer of the frozen part trains', 'it') if n == 1 else ('layers of the frozen part train', 'them')
-    if n: self.warn_once(f'{n} batchnorm {layers}, so `BnFreeze` lets the statistics go on. '
+    layers,trains,them = ('layer','trains','it') if n == 1 else ('layers','train','them')
+    if n: self.warn_once(f'{n} batchnorm {layers} of the frozen part {trains}, '
+                         'so `BnFreeze` lets the statistics go on. '
                          f'Make the Learner with `train_bn=False` to freeze {them} too.')
 
 @patch
 def _warn_moved(self:BnFreeze, moved):
     held = all(m in self._held or type(m) is nn.Module for m,_,_ in moved.values())
     shown = ', '.join(f'`{o}`' for o in [*moved][:5]) + ', ...'*(len(moved) > 5)
+    why = 'The forward pass does not heed eval mode.' if held else 'With `all_layers=True` it may keep still.'
     self.warn_once(f'Nothing trains in the frozen part, but {shown} moved. '
-                   '`BnFreeze` puts back the value at each step. '
-                   + ('The forward pass does not heed eval mode.' if held else 'With `all_layers=True` it may keep still.'))
+                   f'`BnFreeze` puts back the value at each step. {why}')
+
+# %% ../nbs/06_bnfreeze.ipynb #06982ba2
+@patch
+def before_fit(self:BnFreeze):
+    if not self._looking: self._begin() # `before_train` would be late: what comes before it may run the model
+
+@patch
+def start_fit(self:BnFreeze):
+    self._held,self._moving,self._was = {},{},{}
+    self._look_anew()
+    self._was = {} # weights may be loaded before the first batch
+
+@patch
+def before_train(self:BnFreeze):
+    self._begin()
+    self._look_anew() # the model may have been wrapped, and its layers replaced
+    self._warn_forgotten()
+
+@patch
+def end_fit(self:BnFreeze):
+    self._put_back()
+    for o in self._held.values(): _let_go(o)
+    for name in self._stateattrs[1:]: vars(self).pop(name, None)
+
+# %% ../nbs/06_bnfreeze.ipynb #bnf00030
+@patch
+def _changed(self:BnFreeze):
+    return any(map(_trains, self._frozen)) or not all(map(_trains, self._trained))
+
+_trains,_training = attrgetter('requires_grad'),attrgetter('training')
+
+@patch
+def before_batch(self:BnFreeze):
+    if self._changed(): self._look()
+    if any(map(_training, self._held)):
+        for m in self._held: m.training = False # it was set without `train`
+
+@patch
+def before_step(self:BnFreeze):
+    if self._changed(): self._look() # frozen since the forward pass
+    elif self._was: self._put_back()
+    self._drop_grads()
+    if isinstance(self.learn.opt, Lookahead): _follow(self.learn.opt)

@@ -1,5 +1,6 @@
 "What each of several processes does, for test_distributed.py: every case in turn, what was seen into a file a rank"
 import sys
+from operator import itemgetter
 from pathlib import Path
 
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -108,12 +109,12 @@ def uneven(dls, sizes):
     return DataLoaders(DataLoader(train, bs=None), dls.valid, device='cpu')
 
 def fit(cbs, n=40, bs=4, n_epoch=2, lr=.01, model=None, loss_func=None, mask=None, sizes=None, shuffle=False, ctx={}, fails=(),
-        on_learner=()):
+        on_learner=(), splitter=trainable_params):
     "Fit on all processes; what this one saw"
     dls = regression(n, bs, n_valid=12, shuffle=shuffle)
     if mask is not None: dls.train_ds.tensors[1][mask] = float('nan')
     torch.manual_seed(0)
-    learn = linear_learner(uneven(dls, sizes) if sizes else dls, model and model(), cbs=on_learner)
+    learn = linear_learner(uneven(dls, sizes) if sizes else dls, model and model(), cbs=on_learner, splitter=splitter)
     if loss_func: learn.loss_func = loss_func(learn) if loss_func is twice_loss else loss_func
     probe,syncs,ddp = Probe(),Syncs(),[]
     with learn.distrib_ctx(cpu=True, sync_bn=False, **ctx):
@@ -134,6 +135,29 @@ def frozen_bn_model():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
     for p in model[:2].parameters(): p.requires_grad_(False)
     return model
+
+
+class Total(nn.Module):
+    "Count items, in whatever mode"
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('total', torch.zeros(1))
+    def forward(self, x):
+        self.total += len(x)
+        return x
+
+def frozen_body_model():
+    body = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(.3), Total()).requires_grad_(False)
+    return nn.Sequential(body, nn.Linear(4, 1))
+
+class Meddle(Callback):
+    "Decay weights, leave gradients on the frozen body as after `unfreeze`, and run the model in training mode between batches"
+    def before_step(self):
+        self.opt.set_hypers(wd=.1)
+        for p in self.learn.model.module[0].parameters(): p.grad = torch.ones_like(p)
+    def after_batch(self):
+        self.learn.model.train()
+        self.learn.model.module(self.x)
 
 
 mask = list(range(0, 14))+[21, 22, 23, 36, 37, 38, 39] # uneven between the processes, whole batches of one among them
@@ -170,6 +194,9 @@ cases = dict(
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])),
     micro_synchronised=lambda: fit([Synchronise, MicroBatch(2)], model=frozen_bn_model, fails=(ValueError,)),
     frozen=lambda: fit([Synchronise, BnFreeze], model=frozen_bn_model),
+    meddled=lambda: fit([Meddle], model=frozen_body_model, splitter=params),
+    held=lambda: fit([Meddle, BnFreeze], model=frozen_body_model, splitter=params),
+    held_part=lambda: fit([Meddle, BnFreeze(all_layers=True, part=itemgetter(0))], model=frozen_body_model, splitter=params),
     all=lambda: fit([Synchronise, BnFreeze, GradientAccumulation(8), GradientClip, ShortEpochCallback(.8)],
                     model=frozen_bn_model),
 )

@@ -14,7 +14,6 @@ from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
 from common import *
 from fastai.callback.all import ParamScheduler
 from fastcb_training.bnfreeze import BnFreeze, bn_types, frozen_bn, set_bn_eval
-from fastcb_training.core import hold, let_go
 
 
 def net(body=None, frozen=True):
@@ -128,6 +127,7 @@ def test_set_bn_eval_finds_them_too(kind):
     assert len(layers) == 1
     set_bn_eval(body)
     assert not layers[0].training and body(torch.randn(4, 3)).isfinite().all()
+    assert sum(not o.training for o in body.modules()) == 1 # what is inside keeps its mode
     set_bn_eval(body, use_eval=False)
     assert all(o.training for o in body.modules())
 
@@ -154,7 +154,7 @@ def test_a_layer_without_parameters_goes_with_the_nearest_module_that_has_some(m
 # Whatever happened before, and whoever runs the model
 
 torch_adamw = partial(OptimWrapper, opt=partial(torch.optim.AdamW, amsgrad=True))
-def lookahead(ps, **kwargs): return Lookahead(SGD(ps, mom=.9, **kwargs), k=2)
+def lookahead(ps, **kwargs): return Lookahead(SGD(ps, mom=.9, **kwargs), k=3) # a fit of ten batches ends between two of its steps
 optimizers = dict(
     SGD=SGD, momentum=partial(SGD, mom=.9), l2=partial(SGD, mom=.9, decouple_wd=False), RMSProp=RMSProp, Adam=Adam, RAdam=RAdam,
     QHAdam=QHAdam, Larc=Larc, LARS=partial(Larc, clip=False), Lamb=Lamb, ranger=ranger, Lookahead=lookahead, AdamW=torch_adamw)
@@ -193,6 +193,30 @@ def test_frozen_parameters_stay_whatever_was_before(opt, history, tmp_path):
     learn.unfreeze()
     learn.fit(1, .01, cbs=BnFreeze)
     assert moved(before, learn.model[0]) >= {'0.weight', '1.weight', '1.running_mean'} # it trains again
+
+def test_lookahead_leaves_what_is_frozen_by_hand_between_two_of_its_steps():
+    "`Learner.freeze` makes it forget its slow copies"
+    model,before = net(frozen=False),[]
+    def freeze(learn):
+        if not learn.training or learn.iter != 3: return
+        model[0].requires_grad_(False)
+        before.append(bits(model[0]))
+    learner(model, [BnFreeze, On('after_batch', freeze)], opt_func=lookahead).fit(1, .01)
+    assert not moved(before[0], model[0])
+
+def test_what_is_loaded_before_the_first_batch_is_what_is_held():
+    body = seq(Counting())
+    learn = learner(net(body), [BnFreeze(), On('before_train', lambda learn: body[1].n.fill_(7))], splitter=trainable_params)
+    quietly(lambda: learn.fit(1))
+    assert body[1].n == 7
+
+def test_gradients_that_others_put_on_frozen_parameters_do_nothing():
+    learn = learner(net(), opt_func=Adam, wd=.1)
+    before = bits(learn.model[0])
+    def fill(learn):
+        for p in learn.model[0].parameters(): p.grad = torch.ones_like(p)
+    learn.fit(2, .01, cbs=[BnFreeze, On('before_step', fill)])
+    assert not moved(before, learn.model[0])
 
 layer_kinds = dict(linear=partial(nn.Linear, 4, 4), bn=partial(nn.BatchNorm1d, 4), bare=partial(nn.BatchNorm1d, 4, affine=False),
                    dropout=nn.Dropout, depth=partial(StochasticDepth, .5, 'row'), spectral=lambda: spectral_norm(nn.Linear(4, 4)),
@@ -239,9 +263,22 @@ def test_random_models_optimizers_histories_and_moments(kinds, nest, opt, all_la
 def test_it_follows_what_is_frozen_from_batch_to_batch():
     "A layer is frozen for three batches, trained for three, and so on; its statistics count the batches in which it trains"
     model = net(frozen=False)
-    def switch(learn): model[0].requires_grad_(learn.iter % 6 >= 2)
+    counts = []
+    def switch(learn):
+        if not learn.training: return
+        counts.append(model[0][1].num_batches_tracked.item())
+        model[0].requires_grad_(learn.iter % 6 >= 2)
     learner(model, [BnFreeze(), At('after_batch', lambda cb: switch(cb.learn))]).fit(1)
-    assert model[0][1].num_batches_tracked == sum((i-1) % 6 >= 2 or i == 0 for i in range(10))
+    assert counts == [1, 1, 1, 2, 3, 4, 5, 5, 5, 6]
+
+@pytest.mark.parametrize('kind', ['counting', 'heedless', 'traced'])
+def test_what_moves_is_put_back_at_each_step(kind):
+    "Not only at the end"
+    body,seen = put_back[kind](),[]
+    before = bits(body)
+    probe = At('after_step', lambda cb: seen.append(moved(before, body)))
+    quietly(lambda: learner(net(body), [BnFreeze(), probe], splitter=trainable_params).fit(1))
+    assert seen == [set()]*10
 
 @pytest.mark.parametrize('kwargs', [{}, dict(all_layers=True)], ids=str)
 def test_nothing_is_changed_where_nothing_is_frozen(kwargs):
@@ -362,6 +399,11 @@ def forgotten(**kwargs):
     return learn
 def by_hand(body, **kwargs): return learner(net(body), train_bn=True, splitter=trainable_params, **kwargs)
 def two_norms(): return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+def trained_norm():
+    "Its Learner was made with `train_bn=False`, so somebody wanted it"
+    model = net()
+    model[0][1].requires_grad_(True)
+    return model
 def without_norm(): return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
 def fixed(): return nn.Sequential(nn.Linear(3, 4), nn.Unflatten(1, (4, 1, 1)), FrozenBatchNorm2d(4), nn.Flatten())
 def again(learn):
@@ -375,7 +417,7 @@ def frozen_two():
 cases = dict(
     forgotten=(forgotten, '1 batchnorm layer of the frozen part trains, '), several=(frozen_two, '2 batchnorm layers of the frozen part train, '),
     new_optimizer=(lambda: again(forgotten()), 'freeze it too'), given=(lambda: learner(), None), unfrozen=(lambda: learner(net(frozen=False), train_bn=True), None),
-    no_norm=(lambda: by_hand(without_norm()), None), frozen_norm=(lambda: by_hand(fixed()), None), hand=(lambda: by_hand(None), None))
+    on_purpose=(lambda: learner(trained_norm()), None), no_norm=(lambda: by_hand(without_norm()), None), frozen_norm=(lambda: by_hand(fixed()), None), hand=(lambda: by_hand(None), None))
 @pytest.mark.parametrize('case', cases)
 def test_it_warns_once_a_fit_where_batchnorm_was_forgotten(case):
     build,words = cases[case]

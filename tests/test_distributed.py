@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from common import *
-from processes import Branches, mask
+from processes import Branches, frozen_body_model, mask
 
 HERE = Path(__file__).parent
 
@@ -165,3 +165,14 @@ def test_frozen_synchronised_batchnorm_is_held(seen, case):
     for r in ranks(seen, case):
         assert r['state']['1.num_batches_tracked'] == 0 and not r['state']['1.running_mean'].any()
         assert torch.equal(r['weights'], ranks(seen, case)[0]['weights'])
+
+
+@pytest.mark.parametrize('case', ['meddled', 'held', 'held_part'])
+def test_a_frozen_body_is_held_whatever_runs_the_model(seen, case):
+    "Weights, statistics and what `forward` itself counts; without `BnFreeze` all of them move"
+    torch.manual_seed(0)
+    fresh = frozen_body_model().state_dict()
+    for r in ranks(seen, case):
+        moved = {k for k,o in r['state'].items() if not torch.equal(o, fresh[k])}
+        assert moved == ({*fresh} if case == 'meddled' else {'1.weight', '1.bias'})
+        if case != 'meddled': assert torch.equal(r['weights'], ranks(seen, case)[0]['weights'])
