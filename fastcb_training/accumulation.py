@@ -25,7 +25,8 @@ exceeds `n_acc`; it leaks into the next fit, and fails for a loss with a square 
 8. **With `MixedPrecision` the scaler steps, and with `GradientClip` the norm is taken, once a window**, on the whole gradient. The learning
    rate finder makes a point a window, and finds the big batch's rate.
 9. **It costs one fused pass over the gradients a window** of several batches, and one more for a batch that counts other than the one
-   before it; a window of one batch costs none. Gradients gather in the parameters' own type: with bfloat16 parameters, small ones get lost beside a large sum.
+   before it; a window of one batch costs none. Gradients gather in the parameters' own type: with bfloat16 parameters, small ones get lost
+   beside a large sum.
 
 Docs: https://fastcb.github.io/fastcb_training/accumulation.html.md"""
 
@@ -247,8 +248,8 @@ def _gather(self:GradientAccumulation, count, unit):
         if moved or not count: processes.count_in(window, count)
     if moved and weight != 1: raise RuntimeError(_own_pass)
 
-_too_early = """A callback called `backward` before the loss was known to `GradientAccumulation`, in a window whose batches count
-differently. It has to do so in `before_backward` or later."""
+_too_early = """A callback called `backward` before the loss was known to `GradientAccumulation`, in a window
+whose batches count differently. It has to do so in `before_backward` or later."""
 _own_pass = """A callback did the backward pass itself and cancelled fastai's, while the processes count differently.
 `GradientAccumulation` can't weight its gradient."""
 
@@ -309,8 +310,8 @@ def _open(self:GradientAccumulation):
 @patch
 def _gan_side(self:GradientAccumulation): return self._gan and self._gan.gen_mode
 
-_switched = """`GANTrainer` went on to its other model while a window was open, and a step would move both. Let it switch
-where windows end: `FixedGANSwitcher(n_crit, n_gen)` with whole numbers of windows, in batches, and `flush=True`."""
+_switched = """`GANTrainer` went on to its other model while a window was open, and a step would move both. Let it
+switch where windows end: `FixedGANSwitcher(n_crit, n_gen)` with whole numbers of windows, in batches, and `flush=True`."""
 
 @patch
 def _doubt(self:GradientAccumulation, count):
@@ -318,9 +319,12 @@ def _doubt(self:GradientAccumulation, count):
     if self.count is not find_bs or self._warned or self.window.adds_up: return
     xb,targ,more = self.learn.xb,self._targets()[0],''
     each = targ.numel()/count if count and hasattr(targ, 'numel') else None
-    if isinstance(targ, (tuple, list)) and len(targ) and isinstance(targ[0], dict): more = f' in a batch of {len(targ)} dicts'
-    elif xb and count != find_bs(xb): more = f', the length of the targets, in a batch whose inputs have {find_bs(xb)}'
-    elif each and self._each and each != self._each: more = f', and an item has {each:g} targets here, {self._each:g} before'
+    if isinstance(targ, (tuple, list)) and len(targ) and isinstance(targ[0], dict):
+        more = f' in a batch of {len(targ)} dicts'
+    elif xb and count != find_bs(xb):
+        more = f', the length of the targets, in a batch whose inputs have {find_bs(xb)}'
+    elif each and self._each and each != self._each:
+        more = f', and an item has {each:g} targets here, {self._each:g} before'
     self._each = each
     if more: self.warn_once(f'`GradientAccumulation` counts {count:g} items{more}. {_say}')
 
@@ -361,12 +365,9 @@ def before_batch(self:GradientAccumulation):
     if window.unit and self._gan_side() != self._side: raise RuntimeError(_switched)
     self._before = _marks(window.params)
     if self._finder: self._finder.run = True
-    if self._processes.ddp: self._processes.agree(window, self._count, self._most())
-
-@patch
-def _most(self:GradientAccumulation):
-    "The most that a batch can count: the loader knows for items"
-    return getattr(self.learn.dl, 'bs', None) or inf if self.count is find_bs else inf
+    if not self._processes.ddp: return
+    most = getattr(learn.dl, 'bs', None) if self.count is find_bs else None # the loader knows for items
+    self._processes.agree(window, self._count, most or inf)
 
 @patch
 def after_batch(self:GradientAccumulation):
@@ -394,15 +395,11 @@ def _flush(self:GradientAccumulation):
 # %% ../nbs/03_accumulation.ipynb #8b61a263
 @patch
 def after_fit(self:GradientAccumulation):
-    learn = self.learn
-    if self._in_fit and not self._looking and not self._stepped and learn.train_iter: self._no_step()
+    if self._in_fit and not self._looking and not self._stepped and self.learn.train_iter:
+        self._warned,items = False,self.window.items if self.window.size else 0
+        self.warn_once(f'There was no optimizer step in this fit: its batches had {items:g} items, and `n_acc` is '
+                       f'{self.n_acc}. `flush=True` steps at the end of each epoch.')
     FitCallback.after_fit(self)
-
-@patch
-def _no_step(self:GradientAccumulation):
-    self._warned,items = False,self.window.items if self.window.size else 0
-    self.warn_once(f'There was no optimizer step in this fit: its batches had {items:g} items, and `n_acc` is '
-                   f'{self.n_acc}. `flush=True` steps at the end of each epoch.')
 
 # %% ../nbs/03_accumulation.ipynb #433214d5
 @patch

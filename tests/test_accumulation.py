@@ -767,7 +767,8 @@ def test_a_default_that_is_wrong_says_so_once():
             if cb.training: cb.learn.yb = (ys[cb.iter],)
         for count,n in ((find_bs, 1), (lambda yb: 4, 0)):
             with shown() as seen: learn.fit(1, 0., cbs=[Acc(8, count=count), At('after_pred', put)])
-            assert len([o for o in ours_said(seen) if '`count`' in o]) == n, (ys, ours_said(seen))
+            about = [o for o in seen if '`count`' in str(o.message)]
+            assert [o.filename for o in about] == [__file__]*n, (ys, ours_said(seen))
 
 @pytest.mark.parametrize('place', ['fit', 'learner'])
 def test_a_fit_without_a_step_says_so_once(place):
@@ -878,7 +879,8 @@ def test_idioms_of_fastais_notebooks():
     batches = batches_of(4, 4, 5, 3)
     def bare(cb): cb.learn.yb = cb.learn.yb[0]
     def loss_func(pred, *targ): return F.mse_loss(pred, torch.stack(targ) if len(targ) > 1 else targ[0])
-    check(learner(batches, loss_func=loss_func), [Acc(8), At('before_batch', bare)], windows(batches, 8))
+    with shown() as seen: check(learner(batches, loss_func=loss_func), [Acc(8), At('before_batch', bare)], windows(batches, 8))
+    assert not ours_said(seen)
 
 def test_a_copy_made_in_a_fit_is_in_none():
     batches,kept = batches_of(*[4]*6),[]
