@@ -311,7 +311,8 @@ def _open(self:GradientAccumulation):
 def _gan_side(self:GradientAccumulation): return self._gan and self._gan.gen_mode
 
 _switched = """`GANTrainer` went on to its other model while a window was open, and a step would move both. Let it
-switch where windows end: `FixedGANSwitcher(n_crit, n_gen)` with whole numbers of windows, in batches, and `flush=True`."""
+switch where windows end: `FixedGANSwitcher(n_crit, n_gen)` with whole numbers of windows, in batches, and
+`flush=True`."""
 
 @patch
 def _doubt(self:GradientAccumulation, count):
