@@ -906,3 +906,14 @@ def test_a_window_that_goes_on_in_another_process(it):
     wins = windows(batches, 11)[done:]
     if it < 5: assert all((g-big_grad(steps.twin, learn.loss_func, w, at)).norm() < 1e-5*g.norm()
                           for g,at,w in zip(steps.grads, steps.weights, wins))
+
+def test_a_batch_trained_by_hand_is_a_plain_step():
+    batches,ends = batches_of(4),[]
+    for cbs in ([Acc(8)], []):
+        learn = learner(batches, cbs=cbs)
+        learn.create_opt()
+        learn.remove_cb(Recorder)
+        learn.training,learn.n_iter,learn.train_iter,learn.pct_train = True,1,0,0.
+        learn.one_batch(0, batches[0])
+        ends.append(weights(learn.model))
+    assert torch.equal(*ends)
