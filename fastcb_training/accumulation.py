@@ -25,7 +25,8 @@ exceeds `n_acc`; it leaks into the next fit, and fails for a loss with a square 
 8. **With `MixedPrecision` the scaler steps, and with `GradientClip` the norm is taken, once a window**, on the whole gradient. The learning
    rate finder makes a point a window, and finds the big batch's rate.
 9. **It costs one fused pass over the gradients a window** of several batches, and one more for a batch that counts other than the one
-   before it. Gradients gather in the parameters' own type: with bfloat16 parameters, small ones get lost beside a large sum.
+   before it; a window of one batch costs none. Gradients gather in the parameters' own type: with bfloat16 parameters, small ones get lost
+   beside a large sum.
 
 Docs: https://fastcb.github.io/fastcb_training/accumulation.html.md"""
 
@@ -35,8 +36,7 @@ Docs: https://fastcb.github.io/fastcb_training/accumulation.html.md"""
 __all__ = ['GradientAccumulation']
 
 # %% ../nbs/03_accumulation.ipynb #5e82de93
-from collections.abc import Callable, Iterable
-from dataclasses import is_dataclass
+from collections.abc import Callable
 from functools import partial, wraps
 from math import ceil, inf
 from operator import is_
@@ -51,6 +51,7 @@ from fastai.torch_core import find_bs
 from fastcore.basics import first, patch, patch_to, store_attr
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel.distributed import _find_tensors
 
 from .core import FitCallback, check, check_amount, step_params
 
@@ -84,8 +85,7 @@ class _Window:
 class _Processes:
     "What the processes of a `DistributedDataParallel` model do together; one process has nothing to do"
     ddp,n = None,1 # the model, if it is one, and the number of processes
-    total = None # Items of this batch over all processes, if they asked each other
-    waits = False # Does the backward pass of this batch wait for the other processes?
+    total,waits = None,False # of this batch: items over all, if they asked; does its backward pass wait for the others?
 
     def __init__(self, model):
         self.ddp = first(model.modules(), lambda m: isinstance(m, DistributedDataParallel))
@@ -205,9 +205,13 @@ def _grad_opt(self:GradientAccumulation):
 # %% ../nbs/03_accumulation.ipynb #74ebeadf
 @patch
 def _count(self:GradientAccumulation):
+    targets = self._targets()
+    return check_amount('count', self.count(targets), zero=True) if targets else 0
+
+@patch
+def _targets(self:GradientAccumulation):
     yb = self.learn.yb
-    if not isinstance(yb, (tuple, list)): yb = (yb,)
-    return check_amount('count', self.count(yb), zero=True) if yb else 0
+    return yb if isinstance(yb, (tuple, list)) else (yb,)
 
 # %% ../nbs/03_accumulation.ipynb #4052f662
 def _marks(params):
@@ -220,6 +224,7 @@ def _moved(marks, params):
     (grads,versions),(now,versions_now) = marks,_marks(params)
     return versions != versions_now or not all(map(is_, grads, now))
 
+# %% ../nbs/03_accumulation.ipynb #gather01
 @patch
 def _gather(self:GradientAccumulation, count, unit):
     "Add the gradient of a batch to those that the window holds"
@@ -229,7 +234,7 @@ def _gather(self:GradientAccumulation, count, unit):
     window.measure(unit)
     before = _marks(window.params)
     weight = 1 if window.adds_up or not count else count/unit # other than 1 where processes count differently
-    if not count: learn.loss_grad = sum(o.sum() for o in _tensors(learn.pred))*0 # the others wait for this one
+    if not count: learn.loss_grad = sum(o.sum() for o in _find_tensors(learn.pred))*0 # the others wait
     def backward():
         "Differentiate what the others have made of the loss"
         nonlocal weight
@@ -243,18 +248,10 @@ def _gather(self:GradientAccumulation, count, unit):
         if moved or not count: processes.count_in(window, count)
     if moved and weight != 1: raise RuntimeError(_own_pass)
 
-_too_early = """A callback called `backward` before the loss was known to `GradientAccumulation`, in a window whose batches count
-differently. It has to do so in `before_backward` or later."""
+_too_early = """A callback called `backward` before the loss was known to `GradientAccumulation`, in a window
+whose batches count differently. It has to do so in `before_backward` or later."""
 _own_pass = """A callback did the backward pass itself and cancelled fastai's, while the processes count differently.
 `GradientAccumulation` can't weight its gradient."""
-
-def _tensors(o):
-    "The tensors in a nest of them"
-    if isinstance(o, torch.Tensor): return [o]
-    if is_dataclass(o): o = vars(o)
-    if isinstance(o, dict): o = o.values()
-    if not isinstance(o, Iterable) or isinstance(o, (str, bytes)): return []
-    return [t for item in o for t in _tensors(item)]
 
 # %% ../nbs/03_accumulation.ipynb #1950594a
 @patch
@@ -297,6 +294,7 @@ def _adds_up(loss_func):
     if 'reduction' in loss_func.keywords: return loss_func.keywords['reduction'] == 'sum'
     return _adds_up(loss_func.func)
 
+# %% ../nbs/03_accumulation.ipynb #open0001
 @patch
 def _open(self:GradientAccumulation):
     learn,loss_func = self.learn,self.learn.loss_func
@@ -312,26 +310,24 @@ def _open(self:GradientAccumulation):
 @patch
 def _gan_side(self:GradientAccumulation): return self._gan and self._gan.gen_mode
 
-_switched = """`GANTrainer` went on to its other model while a window was open, and a step would move both. Let it switch where windows
-end: `FixedGANSwitcher(n_crit, n_gen)` with whole numbers of windows, in batches, and `flush=True`."""
+_switched = """`GANTrainer` went on to its other model while a window was open, and a step would move both. Let it
+switch where windows end: `FixedGANSwitcher(n_crit, n_gen)` with whole numbers of windows, in batches, and
+`flush=True`."""
 
-# %% ../nbs/03_accumulation.ipynb #411adb0a
 @patch
 def _doubt(self:GradientAccumulation, count):
     "Does the default count what the loss averages over? If that can't be, say so once"
     if self.count is not find_bs or self._warned or self.window.adds_up: return
-    xb,yb = self.learn.xb,self.learn.yb
-    dicts = isinstance(yb[0], (tuple, list)) and len(yb[0]) and isinstance(yb[0][0], dict)
-    each = yb[0].numel()/count if count and hasattr(yb[0], 'numel') else None
-    if dicts:
-        self.warn_once(f'`GradientAccumulation` counts {count:g} items in a batch of {len(yb[0])} dicts. {_say}')
+    xb,targ,more = self.learn.xb,self._targets()[0],''
+    each = targ.numel()/count if count and hasattr(targ, 'numel') else None
+    if isinstance(targ, (tuple, list)) and len(targ) and isinstance(targ[0], dict):
+        more = f' in a batch of {len(targ)} dicts'
     elif xb and count != find_bs(xb):
-        self.warn_once(f'`GradientAccumulation` counts {count:g} items, the length of the targets, '
-                       f'in a batch whose inputs have {find_bs(xb)}. {_say}')
+        more = f', the length of the targets, in a batch whose inputs have {find_bs(xb)}'
     elif each and self._each and each != self._each:
-        self.warn_once(f'`GradientAccumulation` counts items, and an item has {each:g} targets here, '
-                       f'{self._each:g} before. {_say}')
-    else: self._each = each
+        more = f', and an item has {each:g} targets here, {self._each:g} before'
+    self._each = each
+    if more: self.warn_once(f'`GradientAccumulation` counts {count:g} items{more}. {_say}')
 
 _say = 'Give it a `count` that says over how many items the loss takes its mean.'
 
@@ -345,6 +341,7 @@ def start_fit(self:GradientAccumulation):
     self._stepped,self._each,self._last = False,None,None
     self._clear()
 
+# %% ../nbs/03_accumulation.ipynb #endfit01
 @patch
 def end_fit(self:GradientAccumulation):
     self._processes.restore()
@@ -369,12 +366,9 @@ def before_batch(self:GradientAccumulation):
     if window.unit and self._gan_side() != self._side: raise RuntimeError(_switched)
     self._before = _marks(window.params)
     if self._finder: self._finder.run = True
-    if self._processes.ddp: self._processes.agree(window, self._count, self._most())
-
-@patch
-def _most(self:GradientAccumulation):
-    "The most that a batch can count: the loader knows for items"
-    return getattr(self.learn.dl, 'bs', None) or inf if self.count is find_bs else inf
+    if not self._processes.ddp: return
+    most = getattr(learn.dl, 'bs', None) if self.count is find_bs else None # the loader knows for items
+    self._processes.agree(window, self._count, most or inf)
 
 @patch
 def after_batch(self:GradientAccumulation):
@@ -402,15 +396,11 @@ def _flush(self:GradientAccumulation):
 # %% ../nbs/03_accumulation.ipynb #8b61a263
 @patch
 def after_fit(self:GradientAccumulation):
-    learn = self.learn
-    if self._in_fit and not self._looking and not self._stepped and learn.train_iter: self._no_step()
+    if self._in_fit and not self._looking and not self._stepped and self.learn.train_iter:
+        self._warned,items = False,self.window.items if self.window.size else 0
+        self.warn_once(f'There was no optimizer step in this fit: its batches had {items:g} items, and `n_acc` is '
+                       f'{self.n_acc}. `flush=True` steps at the end of each epoch.')
     FitCallback.after_fit(self)
-
-@patch
-def _no_step(self:GradientAccumulation):
-    self._warned,items = False,self.window.items if self.window.size else 0
-    self.warn_once(f'There was no optimizer step in this fit: its batches had {items:g} items, and `n_acc` is {self.n_acc}. '
-                   '`flush=True` steps at the end of each epoch.')
 
 # %% ../nbs/03_accumulation.ipynb #433214d5
 @patch
@@ -422,6 +412,7 @@ def before_fit(self:GradientAccumulation):
     if n_acc > least: # epochs enough for `num_it` windows; an epoch's last batch may be short
         self.learn.n_epoch = ceil(self._finder.num_it*2*ceil(n_acc/least)/len(dl))+1
 
+# %% ../nbs/03_accumulation.ipynb #finder01
 @patch
 def _average_loss(self:GradientAccumulation):
     if self._finder and self.learn.yb: self.learn.loss = self._loss/(1 if self.window.adds_up else self.window.items)
@@ -444,6 +435,7 @@ def state_dict(self:GradientAccumulation):
     return state | dict(size=window.size, adds_up=window.adds_up, items=window.items, unit=window.unit, own=own,
                         grads=[p.grad for p in window.params])
 
+# %% ../nbs/03_accumulation.ipynb #load0001
 @patch
 def load_state_dict(self:GradientAccumulation, state):
     self._stepped = state['stepped']
