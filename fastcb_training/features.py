@@ -10,8 +10,8 @@ over the data once, and the result is that of the usual training:
    output does not depend on the batch an item is in, to 1e-5 elsewhere.
 2. **`body` is the module whose output is kept**, or a function of the model that gives it. `None`: as far as the model's (nested)
    `Sequential` goes without anything that trains or is random, pooling and the like included, since their output is smaller.
-3. **It checks before it trusts.** The first batch is read twice and computed both ways. An error names the layer, the transform or the
-   callback, and what to do.
+3. **It checks before it trusts.** The first batch is read twice, and some of it is computed both ways. An error names the layer, the
+   transform or the callback, and what to do.
 4. **`views=k`** reads the data `k` times, with its random transforms, and the epochs take the views in turn. With as many views as
    epochs it is the usual training.
 5. **Only `fit`.** `validate`, `get_preds`, `predict`, `lr_find` and all that comes after the fit use the whole model. A body that is
@@ -65,6 +65,7 @@ class _Features(torch.Tensor):
     def __deepcopy__(self, memo): return self.as_subclass(torch.Tensor).__deepcopy__(memo)
     def __reduce_ex__(self, proto): return self.as_subclass(torch.Tensor).__reduce_ex__(proto)
 
+def _plain(tree): return tree_map(lambda o: o.as_subclass(torch.Tensor) if isinstance(o, torch.Tensor) else o, tree)
 def _mark(tree): return tree_map(lambda o: o.as_subclass(_Features), tree)
 def _tensors(tree): return [o for o in tree_leaves(tree) if isinstance(o, torch.Tensor)]
 def _rows(tree, ids): return tree_map(lambda o: o[ids] if isinstance(o, torch.Tensor) else o, tree)
@@ -73,7 +74,8 @@ class _Through:
     "The `forward` of a module of the body while a fit runs"
     def __init__(self, module, is_last): self.module,self.is_last,self.forward = module,is_last,module.forward
     def __call__(self, *args, **kwargs):
-        if not args or not any(isinstance(o, _Features) for o in tree_leaves(args[0])): return self.forward(*args, **kwargs)
+        marked = args and any(isinstance(o, _Features) for o in tree_leaves(args[0]))
+        if not marked: return self.forward(*args, **kwargs)
         if not self.is_last: return args[0]
         return tree_map(lambda o: o.as_subclass(torch.Tensor).clone(), args[0]) # the head may write into it
     def __reduce__(self): return getattr,(self.module,'forward') # a copy of the model has its own `forward`
@@ -91,7 +93,7 @@ class _Cut:
     def body(self, xb):
         with _service(*self.units.values()):
             for m in self.units.values(): xb = m(*xb),
-        return tree_map(lambda o: o.as_subclass(torch.Tensor) if isinstance(o, torch.Tensor) else o, xb[0])
+        return _plain(xb[0])
     def whole(self, xb):
         with _service(self.model): return self.model(*xb)
     def is_frozen(self): return not any(o.requires_grad for o in self.tensors)
@@ -136,7 +138,8 @@ _served = WeakSet() # models that were cut before: `fine_tune` unfreezes them
 def _cut(model, body=None):
     "Cut the model; None if it was cut before, and is frozen no longer"
     if body is not None and not isinstance(body, nn.Module): body = body(model)
-    units = _front(model) if body is None else {n or 'the model': m for n,m in model.named_modules() if m is body}
+    if body is None: units = _front(model)
+    else: units = {name or 'the model': m for name,m in model.named_modules() if m is body}
     if body is not None and not units:
         raise ValueError('`body` has to be a module of the model that is trained, or a function that gives one')
     if why := _unfit(model, units, body):
@@ -154,8 +157,8 @@ def _unfit(model, units, body):
     inside = {id(p) for m in units.values() for p in m.parameters()}
     if body is None: wrong = [name for name,p in ps[:frozen[-1]] if p.requires_grad]
     else: wrong = [name for name,p in ps if p.requires_grad and id(p) in inside]
-    if not inside or body is None and not units: return (
-        f'finds none at the front of this {type(model).__name__}: name it, for instance with `body=lambda model: model.encoder`')
+    if not inside: return (f'finds none at the front of this {type(model).__name__}: '
+                           'name it, for instance with `body=lambda model: model.encoder`')
     for name in wrong:
         layer = name.rpartition('.')[0]
         kind = type(model.get_submodule(layer)).__name__
@@ -163,8 +166,9 @@ def _unfit(model, units, body):
         return f'its layer `{layer}` ({kind}) trains: freeze it, or give another `body`'
     for name,unit in units.items():
         for inner,m in unit.named_modules():
-            if m._forward_hooks: return (f'layer `{name}.{inner}` of it has a forward hook, which would not be called again, '
-                                         'as in a U-Net: take it out, or cut the model elsewhere, with `body`')
+            if m._forward_hooks: return (
+                f'layer `{name}.{inner}` of it has a forward hook, which would not be called again, as in a U-Net: '
+                'take it out, or cut the model elsewhere, with `body`')
 
 # %% ../nbs/07_features.ipynb #59f4a4a1
 class _Store:
@@ -181,11 +185,12 @@ class _Store:
     def put(self, ids, tree, device):
         leaves,spec = tree_flatten(tree)
         forms = [(o.dtype, o.shape[1:]) for o in leaves]
-        rows = torch.cat([o.reshape(len(ids), -1).contiguous().view(torch.uint8) for o in leaves], 1)
+        rows = torch.cat([_contiguous(o.reshape(len(ids), -1)).view(torch.uint8) for o in leaves], 1)
         if self.rows is None:
             self.spec,self.forms,self.rows = spec,forms,self._room(rows.shape[1], torch.device(device))
         if forms != self.forms: raise ValueError(
-            f'`FeatureCache` needs items of one size, and has met {_shapes(leaves)} after {[tuple(o[1]) for o in self.forms]}')
+            f'`FeatureCache` needs items of one size, and has met {_shapes(leaves)} '
+            f'after {[tuple(o[1]) for o in self.forms]}')
         self.rows[torch.tensor(ids, device=self.rows.device)] = rows.to(self.rows.device)
         self.known[ids] = True
         self.fresh += ids
@@ -263,7 +268,8 @@ def _describe(o, seen=()):
     if isinstance(o, np.ndarray) and o.dtype != object: return str(o.dtype),o.shape,_digest(o.tobytes())
     if isinstance(o, pd.DataFrame|pd.Series): return inner(o.to_numpy())
     if isinstance(o, types.FunctionType): return _describe_function(o, inner)
-    if isinstance(o, types.MethodType): return inner([o.__func__, None if isinstance(o.__self__, DataLoader) else o.__self__])
+    if isinstance(o, types.MethodType):
+        return inner([o.__func__, None if isinstance(o.__self__, DataLoader) else o.__self__])
     if isinstance(o, partial): return inner([o.func, o.args, o.keywords])
     if isinstance(o, dict): return [(inner(k), inner(v)) for k,v in o.items()]
     if isinstance(o, list|tuple|set|L|np.ndarray): return [inner(e) for e in o]
@@ -275,8 +281,9 @@ def _describe(o, seen=()):
         methods = kept['encodes'].methods if 'encodes' in kept else []
         kept = {k: v for k,v in kept.items() if k in names} | {'functions': [m.implementation for m in methods]}
         return type(o).__qualname__,inner(kept)
-    numbers = [k for k,v in kept.items() if isinstance(v, Number) or isinstance(v, list) and v and isinstance(v[0], Number)]
-    return type(o).__qualname__,inner({k: v for k,v in kept.items() if k not in numbers})
+    return type(o).__qualname__,inner({k: v for k,v in kept.items() if not _counts(v)})
+
+def _counts(o): return isinstance(o, Number) or isinstance(o, list) and o and isinstance(o[0], Number)
 
 # %% ../nbs/07_features.ipynb #569aa4d7
 def _describe_function(f, inner):
@@ -284,7 +291,8 @@ def _describe_function(f, inner):
     code,name = f.__code__,f'{f.__module__}.{f.__qualname__}'
     if 'site-packages' in code.co_filename: return name
     cells = [o.cell_contents for o in f.__closure__ or ()]
-    return name,_describe_code(code),inner(f.__defaults__),inner(cells),inner([f.__globals__.get(o) for o in code.co_names])
+    used = [f.__globals__.get(o) for o in code.co_names]
+    return name,_describe_code(code),inner(f.__defaults__),inner(cells),inner(used)
 
 def _describe_code(code):
     parts = [_describe_code(o) if isinstance(o, types.CodeType) else repr(o) for o in code.co_consts]
@@ -304,15 +312,15 @@ class _View(DataLoader):
     dataset = property(lambda self: self.loader.dataset)
     rng = property(lambda self: self.loader.rng, lambda self, rng: setattr(self.loader, 'rng', rng))
     def __init__(self, dl, cache): # not DataLoader's, which draws a random number
-        self.given,self.loader,self.cache = dl,getattr(dl, 'dl', dl) if isinstance(dl, DistributedDL) else dl,cache
-        if not _has_order(self.loader): raise ValueError(
-            f'`FeatureCache` needs a loader with indices, fastai\'s or one of PyTorch\'s that does not shuffle, and has got '
-            f'a {type(self.loader).__module__}.{type(self.loader).__name__}: give its data set to fastai\'s `DataLoader`')
-        self.is_torch = isinstance(self.loader, TorchLoader)
-        self.bs,self.n,self.indexed = self.loader.batch_size if self.is_torch else self.loader.bs,len(self.loader.dataset),True
-        if not self.is_torch: self.n = self.loader.n
-        self.num_workers,self.offs,self.pin_memory,self.device = 1,0,False,getattr(self.loader, 'device', None)
-        self.generator = getattr(self.loader, 'generator', None)
+        loader = dl.dl if isinstance(dl, DistributedDL) else dl
+        if not _has_order(loader): raise ValueError(
+            '`FeatureCache` needs a loader with indices, fastai\'s or one of PyTorch\'s that does not shuffle, and has '
+            f'a {type(loader).__module__}.{type(loader).__name__}: give its data set to fastai\'s `DataLoader`')
+        self.given,self.loader,self.cache,self.is_torch = dl,loader,cache,isinstance(loader, TorchLoader)
+        self.bs = loader.batch_size if self.is_torch else loader.bs
+        self.n,self.indexed = len(loader.dataset) if self.is_torch else loader.n,True
+        self.num_workers,self.offs,self.pin_memory = 1,0,False
+        self.device,self.generator = getattr(loader, 'device', None),getattr(loader, 'generator', None)
         self.fake_l,self.idxs = _FakeLoader(self, False, 0, 0, False, ''),None
     def __len__(self): return len(self.given)
     def __getstate__(self): return vars(self) | dict(idxs=None, plan=None, raw=None, whole=None) # workers stay here
@@ -321,7 +329,8 @@ class _View(DataLoader):
     def do_item(self, i): return i
 
 def _has_order(loader):
-    if not isinstance(loader, TorchLoader): return isinstance(loader, DataLoader) and has_numbers(loader) and bool(loader.bs)
+    if isinstance(loader, DataLoader): return has_numbers(loader) and bool(loader.bs)
+    if not isinstance(loader, TorchLoader): return False
     in_order = type(loader.sampler) is SequentialSampler and type(loader.batch_sampler) is BatchSampler
     return in_order and not isinstance(loader.dataset, IterableDataset)
 
@@ -343,11 +352,13 @@ def get_idxs(self:_View):
     self.whole.seed = (self.generator or torch.default_generator).get_state() # that of the workers
     return idxs
 
+# %% ../nbs/07_features.ipynb #f0c00001
 @patch
 def do_batch(self:_View, ids):
     "The batch of these items"
     idxs,cache = self._DataLoader__idxs,self.cache
-    data,is_new,cache._given = cache._data(self.loader),idxs is not self.idxs,None # the body may have changed since the last batch
+    cache._given = None
+    data,is_new = cache._data(self.loader),idxs is not self.idxs # the body may have changed since the last batch
     if is_new: self.idxs,self.left = idxs,list(chunked(idxs, self.bs, self.drop_last))
     if is_new or data is not self.data:
         self.data = data = data and cache._trust(self.loader, data, ids)
@@ -378,8 +389,10 @@ def _read(loader, ids, alone=None):
 def _targets_alone(loader, ids, n_inp):
     "The targets of items without their inputs, where the data set can tell them apart"
     ds = loader.dataset
-    if isinstance(ds, Datasets): return tuple(_read(loader, ids, [tuple(t[i] for t in ds.tls[ds.n_inp:]) for i in ids]))
-    if type(ds) is TensorDataset: return tuple(_read(loader, ids, [tuple(t[i] for t in ds.tensors[n_inp:]) for i in ids]))
+    if isinstance(ds, Datasets): parts = ds.tls[ds.n_inp:]
+    elif type(ds) is TensorDataset: parts = ds.tensors[n_inp:]
+    else: return
+    return tuple(_read(loader, ids, [tuple(o[i] for o in parts) for i in ids]))
 
 # %% ../nbs/07_features.ipynb #49d55c05
 class FeatureCache(FitCallback):
@@ -414,6 +427,8 @@ class FeatureCache(FitCallback):
 def start_fit(self:FeatureCache):
     self._prints,self._targets,self._alone,self._trusted,self._whole,self._said = {},{},{},set(),set(),set()
     model = getattr(self.learn.model, 'module', self.learn.model)
+    if hasattr(self.learn, 'micro_batch'): raise ValueError(
+        '`FeatureCache` and `MicroBatch` exclude each other: a head on features needs little memory, so leave it out')
     overfits = any(getattr(cb, 'overfit', False) for cb in self.learn.cbs) # a few batches, kept already
     self._cut = None if overfits or hasattr(self.learn, 'lr_finder') else _cut(model, self.body)
 
@@ -422,7 +437,10 @@ def end_fit(self:FeatureCache):
     if self._cut: self._cut.remove()
     self._cut = self._given = self._sent = None
     self._targets,self._alone,self._trusted,self._said = {},{},set(),set()
-    if sys.exc_info()[0]: self._kept = {k: o for k,o in self._kept.items() if o.is_whole} # nothing half
+    if not sys.exc_info()[0]: return
+    for o in self._kept.values(): # nothing half is kept
+        if not o.is_whole and o.beside: _remove(o.beside, os.getpid())
+    self._kept = {k: o for k,o in self._kept.items() if o.is_whole}
 
 @patch
 def before_train(self:FeatureCache):
@@ -450,7 +468,7 @@ def _data(self:FeatureCache, loader):
 @patch
 def _split(self:FeatureCache, b):
     "Inputs and targets, as `Learner` splits them"
-    b = self.learn._set_device(tree_map(lambda o: o.as_subclass(torch.Tensor) if isinstance(o, torch.Tensor) else o, tuple(b)))
+    b = self.learn._set_device(_plain(tuple(b)))
     return b[:self._n_inp(b)],b[self._n_inp(b):]
 
 @patch
@@ -505,8 +523,8 @@ def before_batch(self:FeatureCache):
     if self._looking or self._given is None: return
     given,self._given = self._given,None
     if _state(self.learn.xb[0]) != given: raise ValueError(_mixes(self.learn))
-    self.learn.xb = _mark(self.learn.xb[:1])
-    self._sent = given
+    self.learn.xb = _mark(self.learn.xb) # in the place of each input
+    self._sent = _state(self.learn.xb)
 
 @patch
 def after_pred(self:FeatureCache):
@@ -584,7 +602,9 @@ def _look(self:FeatureCache, loader, data, ids):
         again,_ = self._split(_read(loader, [ids[i] for i in back]))
         if not _close(again, _rows(xb, back)): raise ValueError(_random_data(loader))
     some,back = _rows(xb, slice(8)),back[-7:]
-    features = cut.body(some)
+    try: features = cut.body(some)
+    except TypeError as e:
+        raise ValueError(f'`FeatureCache`: {cut} can\'t take the model\'s inputs, so it is not its front: {e}') from e
     if not _tensors(features) or any(len(o) != len(ids[:8]) for o in _tensors(features)): raise ValueError(
         f'`FeatureCache`: {cut} gives {_shapes(features)} for {len(ids[:8])} items, not a row for each')
     if not _close(cut.body(_rows(some, back)), _rows(features, back)): raise ValueError(_random_body(cut, some, back))
@@ -597,7 +617,7 @@ def _look(self:FeatureCache, loader, data, ids):
 def _check_rest(self:FeatureCache, xb, features):
     "Does the rest of the model give the same from the features alone?"
     why = f'`FeatureCache`: the rest of the model wants more than what comes out of {self._cut}'
-    try: out = self._cut.whole((_mark(features),))
+    try: out = self._cut.whole((_mark(features),)*len(xb))
     except Exception as e: raise ValueError(f'{why}: {e}') from e
     if not _close(self._cut.whole(xb), out):
         raise ValueError(f'{why}, or the input is changed before it. Cut the model elsewhere, with `body`')
@@ -610,6 +630,8 @@ def _look_at_targets(self:FeatureCache, loader, data, ids, yb):
     with suppress(Exception): self._alone[loader] = _close(yb, self.learn._set_device(self._split_targets(loader, ids)))
 
 # %% ../nbs/07_features.ipynb #3b34f084
+def _contiguous(o): return o.detach().clone(memory_format=torch.contiguous_format) # its strides, too
+
 def _shapes(tree): return ' and '.join(str(tuple(o.shape)) for o in _tensors(tree)) or 'no tensor'
 
 def _mixes(learn):
@@ -625,7 +647,8 @@ def _random_data(loader):
     pipes += [t.tfms for t in getattr(loader.dataset, 'tls', ())]
     tfms = [t for pipe in pipes if isinstance(pipe, Pipeline) for t in pipe.fs]
     found = [t for t in tfms if isinstance(t, RandTransform) or hasattr(t, 'before_call')]
-    names = ', '.join(dict.fromkeys(type(t).__name__ for t in found)) or f'the data set, a {type(loader.dataset).__name__}'
+    names = ', '.join(dict.fromkeys(type(t).__name__ for t in found))
+    names = names or f'the data set, a {type(loader.dataset).__name__}'
     crops = ' `Resize` crops at random in training: `Resize(size, method=\'squish\')` does not.'
     return (f'`FeatureCache`: the data is read differently each time, by {names}.'
             f'{crops if any(isinstance(t, Resize) for t in found) else ""} '
