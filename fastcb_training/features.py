@@ -10,8 +10,8 @@ over the data once, and the result is that of the usual training:
    output does not depend on the batch an item is in, to 1e-5 elsewhere.
 2. **`body` is the module whose output is kept**, or a function of the model that gives it. `None`: as far as the model's (nested)
    `Sequential` goes without anything that trains or is random, pooling and the like included, since their output is smaller.
-3. **It checks before it trusts.** The first batch is read twice and computed both ways. An error names the layer, the transform or the
-   callback, and what to do.
+3. **It checks before it trusts.** The first batch is read twice, and some of it is computed both ways. An error names the layer, the
+   transform or the callback, and what to do.
 4. **`views=k`** reads the data `k` times, with its random transforms, and the epochs take the views in turn. With as many views as
    epochs it is the usual training.
 5. **Only `fit`.** `validate`, `get_preds`, `predict`, `lr_find` and all that comes after the fit use the whole model. A body that is
@@ -31,16 +31,13 @@ Docs: https://fastcb.github.io/fastcb_training/features.html.md"""
 __all__ = ['FeatureCache']
 
 # %% ../nbs/07_features.ipynb #557f6083
-import hashlib, inspect, os, pickle, sys, types
+import hashlib, os, pickle, sys, types
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
-from copy import copy
-from enum import Enum
 from functools import partial
-from itertools import count, islice
 from numbers import Integral, Number
 from pathlib import Path
-from types import NoneType, SimpleNamespace
+from types import NoneType
 from weakref import WeakSet, finalize
 
 import numpy as np
@@ -49,73 +46,69 @@ import torch
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.data.core import Datasets
-from fastai.data.load import DataLoader
+from fastai.data.load import DataLoader, _FakeLoader
 from fastai.distributed import DistributedDL
-from fastai.torch_basics import Pipeline, Transform, no_random, noop, num_distrib, rank_distrib, set_seed, to_device
+from fastai.torch_basics import Pipeline, Transform, no_random, noop, num_distrib, rank_distrib, to_device
 from fastai.vision.augment import RandTransform, Resize
-from fastcore.basics import GetAttr, chunked, patch, store_attr
+from fastcore.basics import chunked, patch, store_attr
 from fastcore.foundation import L
 from torch import distributed as dist, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
-from torch.utils.data import BatchSampler, Dataset, IterableDataset, SequentialSampler, TensorDataset
-from torch.utils.data import DataLoader as TorchLoader, get_worker_info
+from torch.utils.data import BatchSampler, IterableDataset, SequentialSampler, TensorDataset
+from torch.utils.data import DataLoader as TorchLoader
 
-from .core import FitCallback, check
+from .core import FitCallback, NumberedPass, check, has_numbers
 
 # %% ../nbs/07_features.ipynb #566b688f
 class _Features(torch.Tensor):
-    "Marks a batch that has been through the body; a copy is a plain tensor"
+    "Marks what has been through the body; a copy is a plain tensor"
     def __deepcopy__(self, memo): return self.as_subclass(torch.Tensor).__deepcopy__(memo)
     def __reduce_ex__(self, proto): return self.as_subclass(torch.Tensor).__reduce_ex__(proto)
 
+def _plain(tree): return tree_map(lambda o: o.as_subclass(torch.Tensor) if isinstance(o, torch.Tensor) else o, tree)
 def _mark(tree): return tree_map(lambda o: o.as_subclass(_Features), tree)
-def _is_marked(tree): return any(isinstance(o, _Features) for o in tree_leaves(tree))
 def _tensors(tree): return [o for o in tree_leaves(tree) if isinstance(o, torch.Tensor)]
+def _rows(tree, ids): return tree_map(lambda o: o[ids] if isinstance(o, torch.Tensor) else o, tree)
 
 class _Through:
-    "The `forward` of a module of the body while a fit runs: it lets features through, and computes all else"
-    def __init__(self, cut, module): self.cut,self.module,self.forward = cut,module,module.forward
+    "The `forward` of a module of the body while a fit runs"
+    def __init__(self, module, is_last): self.module,self.is_last,self.forward = module,is_last,module.forward
     def __call__(self, *args, **kwargs):
-        last = self.module is self.cut.units[-1]
-        if args and _is_marked(args[0]): return self.cut.unmark(args[0]) if last else args[0]
-        out = self.forward(*args, **kwargs)
-        if last and self.cut.wanted: raise _Found(out)
-        return out
+        marked = args and any(isinstance(o, _Features) for o in tree_leaves(args[0]))
+        if not marked: return self.forward(*args, **kwargs)
+        if not self.is_last: return args[0]
+        return tree_map(lambda o: o.as_subclass(torch.Tensor).clone(), args[0]) # the head may write into it
     def __reduce__(self): return getattr,(self.module,'forward') # a copy of the model has its own `forward`
-
-# %% ../nbs/07_features.ipynb #100e3f92
-class _Found(Exception):
-    "The features of a batch; the rest of the model need not run"
-    def __init__(self, features):
-        super().__init__('features')
-        self.features = features
 
 # %% ../nbs/07_features.ipynb #0c6805e6
 class _Cut:
-    "A model that is cut behind its modules `units`, which are frozen"
-    def __init__(self, model, units, names):
+    "A `model` cut behind `units`, its frozen modules by name"
+    def __init__(self, model, units):
         store_attr()
-        self.tensors = [o for m in units for o in (*m.parameters(), *m.buffers())]
-        self.wanted,self.seen,self.digest,self.kinds = False,{},None,[]
-        self.form = repr([(type(m), m) for m in units])
-
-    def install(self):
-        for m in self.units: m.forward = _Through(self, m)
+        self.tensors = [o for m in units.values() for o in (*m.parameters(), *m.buffers())]
+        self.form,self.seen = repr([(type(m), m) for m in units.values()]).encode(),[None]*len(self.tensors)
+        for m in units.values(): m.forward = _Through(m, m is [*units.values()][-1])
     def remove(self):
-        for m in self.units:
-            if isinstance(vars(m).get('forward'), _Through): del m.forward
-
-    def unmark(self, tree):
-        leaves,spec = tree_flatten(tree)
-        return tree_unflatten([o.as_subclass(kind).clone() for o,kind in zip(leaves, self.kinds)], spec)
-
-    @property
+        for m in self.units.values(): vars(m).pop('forward', None)
+    def body(self, xb):
+        with _service(*self.units.values()):
+            for m in self.units.values(): xb = m(*xb),
+        return _plain(xb[0])
+    def whole(self, xb):
+        with _service(self.model): return self.model(*xb)
     def is_frozen(self): return not any(o.requires_grad for o in self.tensors)
+    def key(self):
+        "A tensor is read again if it has been written to since"
+        for i,t in enumerate(self.tensors):
+            version = t.data_ptr(),t._version
+            if not self.seen[i] or self.seen[i][0] != version: self.seen[i] = version,_digest(_bytes(t))
+        return _digest(b''.join([self.form, *(digest.encode() for _,digest in self.seen)]))[:20]
+    def __str__(self): return ', '.join(f'`{name}` ({type(m).__name__})' for name,m in self.units.items())
 
 # %% ../nbs/07_features.ipynb #13ce456b
 @contextmanager
-def _eval(modules):
-    "All `modules` in eval mode, without gradients; each gets its own mode back"
+def _service(*modules):
+    "In eval mode, without gradients; each module gets its own mode back"
     before = [(m, m.training) for o in modules for m in o.modules()]
     for m,_ in before: m.training = False
     try:
@@ -123,211 +116,116 @@ def _eval(modules):
     finally:
         for m,training in before: m.training = training
 
-# %% ../nbs/07_features.ipynb #0590fabc
-@patch
-def body(self:_Cut, xb):
-    "The features of a batch, as the body gives them in service"
-    self.wanted = True
-    try:
-        with _eval(self.units): self.model(*xb)
-    except _Found as e: features = e.features
-    else: raise ValueError(f'`FeatureCache`: the model does not run its body, {self}')
-    finally: self.wanted = False
-    self.kinds = [type(o) for o in tree_leaves(features)]
-    return features
-
-@patch
-def whole(self:_Cut, xb):
-    "What the whole model gives, for a batch or for its features"
-    with _eval([self.model]): return self.model(*xb)
-
-@patch
-def __str__(self:_Cut):
-    return ', '.join(f'`{name}` ({type(m).__name__})' for name,m in zip(self.names, self.units))
-
-# %% ../nbs/07_features.ipynb #9ceb5b9e
-def _bytes(t):
-    "The bytes of a tensor, wherever it lies"
-    return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if t.numel() else b''
-
-@patch
-def key(self:_Cut):
-    "A fingerprint of the body; a tensor is read again if it has been written to since"
-    changed = False
-    for i,t in enumerate(self.tensors):
-        version = t.data_ptr(),t._version
-        if self.seen.get(i, (None,))[0] != version:
-            self.seen[i] = version,hashlib.sha256(_bytes(t)).digest()
-            changed = True
-    if changed:
-        digests = [digest for _,digest in self.seen.values()]
-        self.digest = hashlib.sha256(b''.join([self.form.encode(), *digests])).hexdigest()
-    return self.digest
+def _digest(data): return hashlib.sha256(data).hexdigest()
+def _bytes(t): return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if t.numel() else b''
 
 # %% ../nbs/07_features.ipynb #23c51c08
-def _random(m):
-    "Is `m`, which has no parameters, random in training?"
-    random = nn.modules.dropout._DropoutNd,nn.RReLU,nn.FractionalMaxPool2d,nn.FractionalMaxPool3d
-    return any(isinstance(o, random) for o in m.modules())
-
 def _front(model, prefix=''):
-    "The modules in front that do not train and are not random, with their names"
-    units = []
+    "The modules in front that do not train and are not random"
+    units = {}
+    if type(model).forward is not nn.Sequential.forward: return units
     for name,m in model.named_children():
-        ps = list(m.parameters())
-        if not any(p.requires_grad for p in ps) and (ps or not _random(m)): units.append((prefix+name, m))
-        else: return units + (_front(m, f'{prefix}{name}.') if type(m).forward is nn.Sequential.forward else [])
+        trains = any(p.requires_grad for p in m.parameters())
+        random = not [*m.parameters()] and any(isinstance(o, _random) for o in m.modules())
+        if trains or random: return units | _front(m, f'{prefix}{name}.')
+        units[prefix+name] = m
     return units
 
-# %% ../nbs/07_features.ipynb #8b314609
+_random = nn.modules.dropout._DropoutNd,nn.RReLU,nn.FractionalMaxPool2d,nn.FractionalMaxPool3d
+
 _served = WeakSet() # models that were cut before: `fine_tune` unfreezes them
 
 def _cut(model, body=None):
-    "Cut the model; None if it was frozen once, and is no longer"
-    model = getattr(model, 'module', model)
-    names = {m: name or 'the model' for name,m in model.named_modules()}
+    "Cut the model; None if it was cut before, and is frozen no longer"
     if body is not None and not isinstance(body, nn.Module): body = body(model)
-    if body is not None and body not in names:
+    if body is None: units = _front(model)
+    else: units = {name or 'the model': m for name,m in model.named_modules() if m is body}
+    if body is not None and not units:
         raise ValueError('`body` has to be a module of the model that is trained, or a function that gives one')
-    units = _in_front(model) if body is None else [(names[body], body)]
-    why = _trained(model, units)
-    if why and model in _served: return
-    if why: raise ValueError(f'`FeatureCache` {why}')
-    _refuse_hooks(units)
+    if why := _unfit(model, units, body):
+        if model in _served: return
+        raise ValueError(f'`FeatureCache` needs a frozen body, and {why}')
     _served.add(model)
-    return _Cut(model, [m for _,m in units], [name for name,_ in units])
-
-def _in_front(model): return _front(model) if type(model).forward is nn.Sequential.forward else []
+    return _Cut(model, units)
 
 # %% ../nbs/07_features.ipynb #dce8aa68
-def _trained(model, units):
-    "What is wrong with the body because something trains, or None"
-    ps = [(name, p) for name,p in model.named_parameters()]
-    needs = 'needs a frozen body, and'
-    if all(p.requires_grad for _,p in ps): return f'{needs} nothing is frozen: call `learn.freeze()` first'
-    inside = {id(p) for _,m in units for p in m.parameters()}
-    frozen = [i for i,(_,p) in enumerate(ps) if not p.requires_grad and id(p) not in inside]
-    for i,(name,p) in enumerate(ps): # of the body, or between what is frozen
-        if not p.requires_grad or id(p) not in inside and not (frozen and i < frozen[-1]): continue
-        layer = name.rpartition('.')[0]
-        kind = model.get_submodule(layer)
-        if hasattr(kind, 'running_mean'):
-            return (f'{needs} its layer `{layer}` ({type(kind).__name__}) trains: '
-                    'make the Learner with `train_bn=False`')
-        if id(p) in inside: return f'{needs} its parameter `{name}` trains: freeze it, or give another `body`'
-    if not inside: return (f'finds no frozen body at the front of this {type(model).__name__}: '
+def _unfit(model, units, body):
+    "What is wrong with the body, or None"
+    ps = [*model.named_parameters()]
+    frozen = [i for i,(_,p) in enumerate(ps) if not p.requires_grad]
+    if not frozen: return 'nothing is frozen: call `learn.freeze()` first'
+    inside = {id(p) for m in units.values() for p in m.parameters()}
+    if body is None: wrong = [name for name,p in ps[:frozen[-1]] if p.requires_grad]
+    else: wrong = [name for name,p in ps if p.requires_grad and id(p) in inside]
+    if not inside: return (f'finds none at the front of this {type(model).__name__}: '
                            'name it, for instance with `body=lambda model: model.encoder`')
-
-# %% ../nbs/07_features.ipynb #e4d04aac
-def _refuse_hooks(units):
-    "What happens inside of the body happens once: nobody can watch it, and it has no memory"
-    for name,unit in units:
+    for name in wrong:
+        layer = name.rpartition('.')[0]
+        kind = type(model.get_submodule(layer)).__name__
+        if 'Norm' in kind: return f'its layer `{layer}` ({kind}) trains: make the Learner with `train_bn=False`'
+        return f'its layer `{layer}` ({kind}) trains: freeze it, or give another `body`'
+    for name,unit in units.items():
         for inner,m in unit.named_modules():
-            full = f'{name}.{inner}'.strip('.')
-            if m._forward_hooks: raise ValueError(
-                f'`FeatureCache`: layer `{full}` of the body has a forward hook, which would not be called again. '
-                'A U-Net takes more than the last output of its body, and can\'t be cut there. '
-                'A callback that watches the body has to be taken out')
-            if callable(getattr(m, 'reset', None)): raise ValueError(
-                f'`FeatureCache`: layer `{full}` ({type(m).__name__}) remembers the batch before, since it has a '
-                '`reset`: what it gives for an item is another each time')
+            if m._forward_hooks: return (
+                f'layer `{name}.{inner}` of it has a forward hook, which would not be called again, as in a U-Net: '
+                'take it out, or cut the model elsewhere, with `body`')
 
 # %% ../nbs/07_features.ipynb #59f4a4a1
 class _Store:
-    "Rows of tensors, kept by number: in memory, on the model's device, or in a file that is mapped"
-    def __init__(self, n=0, file=None):
-        self.n,self.file,self.leaves,self.known = n,file,None,bytearray(n)
-        if file and (found := file.read()): self.spec,self.kinds,self.leaves,self.known = found
+    "Trees of tensors, kept by the number of their item"
+    rows = witness = beside = None
+    def __init__(self, n, place=None):
+        store_attr()
+        self.known,self.fresh,self.is_whole = np.zeros(n, bool),[],False
+        if place: self.load()
 
-    def missing(self, ids): return [i for i in dict.fromkeys(ids) if i >= len(self.known) or not self.known[i]]
+    nbytes = property(lambda self: 0 if self.rows is None else self.rows.numel())
+    def missing(self, ids): return [i for i in dict.fromkeys(ids) if not self.known[i]]
 
-    @property
-    def nbytes(self): return sum(o.nbytes for o in self.leaves or ())
-
-    def put(self, ids, tree, device='cpu'):
+    def put(self, ids, tree, device):
         leaves,spec = tree_flatten(tree)
-        if self.leaves is None: self._make(leaves, spec, device)
-        if max(ids) >= self.n: self._grow(max(ids)+1)
-        for kept,o in zip(self.leaves, leaves):
-            kept[torch.tensor(ids, device=kept.device)] = o.as_subclass(torch.Tensor).to(kept)
-        for i in ids: self.known[i] = 1
+        forms = [(o.dtype, o.shape[1:]) for o in leaves]
+        rows = torch.cat([_contiguous(o.reshape(len(ids), -1)).view(torch.uint8) for o in leaves], 1)
+        if self.rows is None:
+            self.spec,self.forms,self.rows = spec,forms,self._room(rows.shape[1], torch.device(device))
+        if forms != self.forms: raise ValueError(
+            f'`FeatureCache` needs items of one size, and has met {_shapes(leaves)} '
+            f'after {[tuple(o[1]) for o in self.forms]}')
+        self.rows[torch.tensor(ids, device=self.rows.device)] = rows.to(self.rows.device)
+        self.known[ids] = True
+        self.fresh += ids
 
     def get(self, ids):
-        rows = [o[torch.tensor(ids, device=o.device)] for o in self.leaves]
-        return tree_unflatten([o.as_subclass(kind) for o,kind in zip(rows, self.kinds)], self.spec)
-
-# %% ../nbs/07_features.ipynb #0fc65c56
-@patch
-def _make(self:_Store, leaves, spec, device):
-    self.spec,self.kinds = spec,[type(o) for o in leaves]
-    forms = [(o.dtype, (self.n, *o.shape[1:])) for o in leaves]
-    if self.file: self.leaves = self.file.write(forms)
-    else: self.leaves = [torch.empty(shape, dtype=dtype, device=_roomy(device, _size((dtype, shape))))
-                         for dtype,shape in forms]
-
-@patch
-def _grow(self:_Store, n):
-    "Loaders without indices do not say how many items they have"
-    more = max(n, 2*self.n)-self.n
-    self.leaves = [torch.cat([o, o.new_empty(more, *o.shape[1:])]) for o in self.leaves]
-    self.known.extend(bytes(more))
-    self.n += more
-
-# %% ../nbs/07_features.ipynb #f7083e5b
-def _roomy(device, nbytes):
-    "The device if half of its free memory is enough, else the CPU"
-    device = torch.device(device)
-    return 'cpu' if device.type == 'cuda' and 2*nbytes > torch.cuda.mem_get_info(device)[0] else device
+        rows = self.rows[torch.tensor(ids, device=self.rows.device)]
+        parts = rows.split([torch.Size(shape).numel()*dtype.itemsize for dtype,shape in self.forms], 1)
+        return tree_unflatten([o.clone().view(dtype).reshape(len(ids), *shape)
+                               for o,(dtype,shape) in zip(parts, self.forms)], self.spec)
 
 # %% ../nbs/07_features.ipynb #8db94271
-class _File:
-    "A file that is mapped: written beside its place, and put there when it is whole"
-    def __init__(self, place, n):
-        self.place,self.n = place,n
-        self.beside = place.with_name(f'.{place.name}.{os.getpid()}')
-
-    def read(self):
-        "What is kept in the file, or None"
-        try:
-            with open(self.place, 'rb') as f:
-                f.seek(-8, os.SEEK_END)
-                size = int.from_bytes(f.read(), 'big')
-                f.seek(-8-size, os.SEEK_END)
-                spec,kinds,forms = pickle.loads(f.read(size))
-            assert self.place.stat().st_size == _layout(forms)[-1]+self.n+size+8
-        except Exception: return # there is none, or it is of another kind: it is written anew
-        leaves,known = self._map(self.place, forms, 'c') # what it lacks is added for this process only
-        return spec,kinds,leaves,bytearray(known.tobytes())
-
-# %% ../nbs/07_features.ipynb #eb4e9da6
 @patch
-def write(self:_File, forms):
-    total = _layout(forms)[-1]+self.n
+def _room(self:_Store, width, device):
+    "Place for all rows: on `device` if half of its free memory is enough"
+    if self.place: return self.create(width)
+    if device.type == 'cuda' and 2*self.n*width > torch.cuda.mem_get_info(device)[0]: device = 'cpu'
+    return torch.empty(self.n, width, dtype=torch.uint8, device=device)
+
+@patch
+def create(self:_Store, width):
+    "A file beside its place, filled with zeros: a hole that could not be filled later would kill the process"
+    self.beside = self.place.with_name(f'.{self.place.name}.{os.getpid()}')
+    finalize(self, _remove, self.beside, os.getpid())
     try:
         self.place.parent.mkdir(parents=True, exist_ok=True)
-        finalize(self, _remove, self.beside, os.getpid())
-        with open(self.beside, 'wb') as f: # a hole that could not be filled later would kill the process
-            if hasattr(os, 'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, total)
-            else: f.write(bytes(total))
+        with open(self.beside, 'wb') as f:
+            if hasattr(os, 'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, self.n*width)
+            else: f.write(bytes(self.n*width))
     except OSError as e:
         _remove(self.beside, os.getpid())
-        raise OSError(e.errno, f'`FeatureCache` can\'t keep {total/1e6:,.1f} MB in {self.place.parent} '
+        raise OSError(e.errno, f'`FeatureCache` can\'t keep {self.n*width/1e6:,.1f} MB in {self.place.parent} '
                       f'({e.strerror}): give another `path`, or none to keep them in memory') from e
-    return self._map(self.beside, forms, 'r+')[0]
+    return _mapped(self.beside, 'r+', self.n, width)
 
-@patch
-def _map(self:_File, path, forms, mode):
-    starts = _layout(forms)
-    self.map = np.memmap(path, np.uint8, mode)
-    parts = [torch.from_numpy(self.map[i:i+_size(form)]) for i,form in zip(starts, forms)]
-    leaves = [o.view(dtype).view(shape) for o,(dtype,shape) in zip(parts, forms)]
-    return leaves,self.map[starts[-1]:starts[-1]+self.n]
-
-# %% ../nbs/07_features.ipynb #ad0668c3
-def _size(form): return torch.Size(form[1]).numel()*form[0].itemsize
-def _layout(forms):
-    "Where each tensor begins, and where the last one ends"
-    return [0, *np.cumsum([-(-_size(o)//64)*64 for o in forms]).tolist()]
+def _mapped(path, mode, n, width): return torch.from_numpy(np.memmap(path, np.uint8, mode, shape=(n, width)))
 
 def _remove(path, pid):
     if pid != os.getpid(): return # a worker has a copy of the object
@@ -336,274 +234,165 @@ def _remove(path, pid):
 # %% ../nbs/07_features.ipynb #ecfc025c
 @patch
 def publish(self:_Store):
-    "Give the file its name, when all of it is on the disk"
-    file = self.file
-    if not file or self.leaves is None or not file.beside.exists(): return
-    forms = [(o.dtype, o.shape) for o in self.leaves]
-    file.map[-self.n:] = np.frombuffer(self.known, np.uint8)
-    file.map.flush()
-    more = pickle.dumps((self.spec, self.kinds, forms))
-    with open(file.beside, 'ab') as f:
+    "Give the file its name, now that all of it is there"
+    if not self.place or not self.fresh: return
+    if not self.beside: self.rows = self.create(self.rows.shape[1]).copy_(self.rows) # more than was in the file
+    more = pickle.dumps((self.spec, self.forms, self.known, self.rows.shape[1]))
+    with open(self.beside, 'ab') as f:
         f.write(more + len(more).to_bytes(8, 'big'))
         f.flush()
         os.fsync(f.fileno())
-    os.replace(file.beside, file.place)
+    os.replace(self.beside, self.place)
+    self.beside,self.fresh = None,[]
+
+@patch
+def load(self:_Store):
+    "What the file holds, if it is there and whole; what is added later is added in memory, until it is published"
+    with suppress(Exception), open(self.place, 'rb') as f:
+        f.seek(-8, os.SEEK_END)
+        size = int.from_bytes(f.read(), 'big')
+        f.seek(-8-size, os.SEEK_END)
+        spec,forms,known,width = pickle.loads(f.read(size))
+        if len(known) != self.n or f.tell()+8 != self.n*width+size+8: return
+        self.spec,self.forms,self.known,self.is_whole = spec,forms,known,True
+        self.rows = _mapped(self.place, 'c', self.n, width)
 
 # %% ../nbs/07_features.ipynb #91ef0577
-def _digest(data): return hashlib.sha256(data).hexdigest()
-
 def _describe(o, seen=()):
-    "What `o` says about data: content and code; numbers of an object may count its uses, and are left out"
-    if isinstance(o, (str, bytes, type, Number, Enum, types.NoneType, types.ModuleType)): return repr(o)
-    if isinstance(o, Path): return _on_disk(o)
+    "What `o` says about data: content and code"
+    if isinstance(o, (str, bytes, type, Number, NoneType, types.ModuleType)): return repr(o)
+    if isinstance(o, Path): return str(o),(o.exists() and (o.stat().st_size, o.stat().st_mtime_ns))
     if id(o) in seen or len(seen) > 12: return type(o).__qualname__
     def inner(e): return _describe(e, (*seen, id(o)))
     if isinstance(o, torch.Tensor): return str(o.dtype),tuple(o.shape),_digest(_bytes(o))
-    if isinstance(o, np.memmap): return _on_disk(Path(o.filename)),o.offset,o.shape
     if isinstance(o, np.ndarray) and o.dtype != object: return str(o.dtype),o.shape,_digest(o.tobytes())
-    if isinstance(o, pd.DataFrame|pd.Series): return _digest(pickle.dumps(o))
+    if isinstance(o, pd.DataFrame|pd.Series): return inner(o.to_numpy())
     if isinstance(o, types.FunctionType): return _describe_function(o, inner)
-    if isinstance(o, types.MethodType): return inner([o.__func__, *([] if isinstance(o.__self__, DataLoader) else [o.__self__])])
-    if isinstance(o, partial): return inner(o.func),inner(o.args),inner(o.keywords)
+    if isinstance(o, types.MethodType):
+        return inner([o.__func__, None if isinstance(o.__self__, DataLoader) else o.__self__])
+    if isinstance(o, partial): return inner([o.func, o.args, o.keywords])
     if isinstance(o, dict): return [(inner(k), inner(v)) for k,v in o.items()]
     if isinstance(o, list|tuple|set|L|np.ndarray): return [inner(e) for e in o]
     if isinstance(o, Datasets): return [(inner(t.items), inner(t.tfms)) for t in o.tls[:o.n_inp]]
     if isinstance(o, Pipeline): return inner(list(o.fs))
-    if isinstance(o, Transform): return _describe_transform(o, inner)
-    parts = {k: v for k,v in getattr(o, '__dict__', {}).items() if not isinstance(v, Number) and not _counts(v)}
-    return type(o).__qualname__,inner(parts)
+    kept = getattr(o, '__dict__', {})
+    if isinstance(o, Transform): # what it has drawn for an item is no argument
+        names = type(o).__init__.__code__.co_varnames
+        methods = kept['encodes'].methods if 'encodes' in kept else []
+        kept = {k: v for k,v in kept.items() if k in names} | {'functions': [m.implementation for m in methods]}
+        return type(o).__qualname__,inner(kept)
+    return type(o).__qualname__,inner({k: v for k,v in kept.items() if not _counts(v)})
+
+def _counts(o): return isinstance(o, Number) or isinstance(o, list) and o and isinstance(o[0], Number)
 
 # %% ../nbs/07_features.ipynb #569aa4d7
-def _counts(o): return isinstance(o, list) and o and isinstance(o[0], Number)
-
-def _on_disk(path):
-    try: return str(path),path.stat().st_size,path.stat().st_mtime_ns
-    except OSError: return str(path)
-
 def _describe_function(f, inner):
-    "The code of a function, and what it uses by name, if it is not a library's"
+    "Its code, and what it uses by name if it is not a library's"
     code,name = f.__code__,f'{f.__module__}.{f.__qualname__}'
     if 'site-packages' in code.co_filename: return name
     cells = [o.cell_contents for o in f.__closure__ or ()]
-    used = [f.__globals__[o] for o in code.co_names if o in f.__globals__]
+    used = [f.__globals__.get(o) for o in code.co_names]
     return name,_describe_code(code),inner(f.__defaults__),inner(cells),inner(used)
 
 def _describe_code(code):
     parts = [_describe_code(o) if isinstance(o, types.CodeType) else repr(o) for o in code.co_consts]
     return code.co_code,code.co_names,parts
 
-# %% ../nbs/07_features.ipynb #0772173c
-def _describe_transform(o, inner):
-    "Its class and arguments; what it draws for each item is none of them"
-    names = inspect.signature(type(o).__init__).parameters
-    functions = [m.implementation for m in vars(o)['encodes'].methods] if 'encodes' in vars(o) else []
-    return type(o).__qualname__,inner({k: v for k,v in vars(o).items() if k in names}),inner(functions)
-
-def _print_of(dl):
-    "A fingerprint of the inputs that `dl` gives"
-    dl = _within(dl)
-    tfms = [getattr(dl, o, None) for o in ('after_item', 'before_batch', 'after_batch')]
-    what = getattr(dl, 'dataset', dl)
+def _print_of(loader):
+    "A fingerprint of the inputs that `loader` gives"
+    what = loader.dataset
     if type(what) is TensorDataset: what = what.tensors[:-1] or what.tensors
-    return _digest(repr(_describe([what, tfms, type(dl)])).encode())
-
-def _within(dl): return dl.dl if isinstance(dl, DistributedDL) else dl
-
-# %% ../nbs/07_features.ipynb #291e11d2
-class _Batches(Dataset):
-    "Batch by batch, the items that are asked for, as the workers of `dl` make them"
-    def __init__(self, dl, chunks): self.dl,self.chunks = dl,chunks
-    def __len__(self): return len(self.chunks)
-    def __getitem__(self, i):
-        items = [self.dl.do_item(o) for o in self.chunks[i]]
-        if any(o is None for o in items): raise ValueError('`FeatureCache` can\'t keep an item that is skipped')
-        return self.dl.do_batch(items)
-
-def _start_worker(number):
-    torch.set_num_threads(1)
-    info = get_worker_info()
-    set_seed(info.seed)
-    info.dataset.dl.wif()
-
-# %% ../nbs/07_features.ipynb #62874414
-def _read(dl, chunks, workers=True):
-    "An iterator of the batches of these indices; it takes the one random number that any iterator takes"
-    inner = _within(dl)
-    if isinstance(inner, TorchLoader):
-        some = copy(inner)
-        vars(some)['batch_sampler'] = chunks
-        if not workers: vars(some).update(num_workers=0, prefetch_factor=None, timeout=0)
-        return iter(some)
-    fake = inner.fake_l
-    more = dict(num_workers=fake.num_workers, timeout=fake.timeout) if workers else {}
-    loader = TorchLoader(_Batches(inner, chunks), batch_size=None, collate_fn=noop, worker_init_fn=_start_worker,
-                         pin_memory=fake.pin_memory, **more)
-    def finish(b):
-        if inner.pin_memory and type(b) is list: b = tuple(b)
-        return inner.after_batch(b if dl.device is None else to_device(b, dl.device))
-    return map(finish, iter(loader))
-
-def _draw(dl): torch.empty((), dtype=torch.int64).random_(generator=getattr(dl, 'generator', None))
+    tfms = [getattr(loader, o, None) for o in ('after_item', 'before_batch', 'after_batch')]
+    return _digest(repr(_describe([what, tfms, type(loader)])).encode())[:20]
 
 # %% ../nbs/07_features.ipynb #4f7e06cf
 class _View(DataLoader):
-    "`dl`, of which each batch is read, or comes as features; the same indices and random numbers"
-    _default = 'dl'
-    def __init__(self, dl, cache): self.dl,self.cache = dl,cache
-    def __len__(self): return len(self.dl)
-    def get_idxs(self): return self.dl.get_idxs()
-    def new(self, *args, **kwargs): return self.dl.new(*args, **kwargs)
-    def one_batch(self): return self.dl.one_batch()
-    def __iter__(self):
-        self.dl.randomize()
-        self.dl.before_iter()
-        yield from _serve(self.dl, self.cache, list(chunked(self.get_idxs(), self.dl.bs, self.dl.drop_last)))
-        self.dl.after_iter()
+    "The batches of `loader`, from what the `cache` keeps"
+    _default = 'given'
+    dataset = property(lambda self: self.loader.dataset)
+    rng = property(lambda self: self.loader.rng, lambda self, rng: setattr(self.loader, 'rng', rng))
+    def __init__(self, dl, cache): # not DataLoader's, which draws a random number
+        loader = dl.dl if isinstance(dl, DistributedDL) else dl
+        if not _has_order(loader): raise ValueError(
+            '`FeatureCache` needs a loader with indices, fastai\'s or one of PyTorch\'s that does not shuffle, and has '
+            f'a {type(loader).__module__}.{type(loader).__name__}: give its data set to fastai\'s `DataLoader`')
+        self.given,self.loader,self.cache,self.is_torch = dl,loader,cache,isinstance(loader, TorchLoader)
+        self.bs = loader.batch_size if self.is_torch else loader.bs
+        self.n,self.indexed = len(loader.dataset) if self.is_torch else loader.n,True
+        self.num_workers,self.offs,self.pin_memory = 1,0,False
+        self.device,self.generator = getattr(loader, 'device', None),getattr(loader, 'generator', None)
+        self.fake_l,self.idxs = _FakeLoader(self, False, 0, 0, False, ''),None
+    def __len__(self): return len(self.given)
+    def __getstate__(self): return vars(self) | dict(idxs=None, plan=None, raw=None, whole=None) # workers stay here
+    def new(self, *args, **kwargs): return self.loader.new(*args, **kwargs)
+    def one_batch(self): return self.loader.one_batch()
+    def do_item(self, i): return i
+
+def _has_order(loader):
+    if isinstance(loader, DataLoader): return has_numbers(loader) and bool(loader.bs)
+    if not isinstance(loader, TorchLoader): return False
+    in_order = type(loader.sampler) is SequentialSampler and type(loader.batch_sampler) is BatchSampler
+    return in_order and not isinstance(loader.dataset, IterableDataset)
 
 # %% ../nbs/07_features.ipynb #0e7c346f
-def _serve(dl, cache, chunks):
-    data = stream = None
-    cache._begin_pass(dl)
-    for k,chunk in enumerate(chunks):
-        now = cache._data(dl) # the body may have changed, or may be frozen no longer
-        if k == 0 or now is not data:
-            data,plan = now,_plan(now, dl, chunks[k:])
-            with nullcontext() if k == 0 else no_random():
-                stream = _read(dl, [o for o in plan if o]) if any(plan) else _draw(dl)
-            plan = iter(plan)
-        part = next(plan)
-        raw = next(stream) if part else None
-        lost = data.missing(dl, chunk, part) if data else [] # a batch before was cancelled before it was kept
-        if lost:
-            part += lost
-            with no_random(): raw = next(_read(dl, [part], workers=False))
-        if isinstance(dl, DistributedDL): dl.i += len(chunk)
-        yield cache._give(dl, data, chunk, part, raw)
-    if data:
-        data.whole = True
-        if not isinstance(dl, DistributedDL): data.features.publish()
+@patch
+def randomize(self:_View):
+    if not self.is_torch: self.given.randomize()
 
-# %% ../nbs/07_features.ipynb #7021c166
-def _plan(data, dl, chunks):
-    "For each batch the items to be read, each once"
-    if data is None: return list(chunks)
-    seen,plan = set(),[]
-    for chunk in chunks:
-        plan.append([i for i in data.missing(dl, chunk) if i not in seen])
-        seen.update(plan[-1])
-    return plan
+@patch
+def before_iter(self:_View):
+    "A pass begins"
+    self.idxs,self.given.i = None,0 # `DistributedDL` counts the items
+    self.cache._share(self)
+    self.whole = NumberedPass(self.loader, ([], (self.generator or torch.default_generator).get_state()))
 
-# %% ../nbs/07_features.ipynb #77c92f6b
-class _TorchView(TorchLoader):
-    "The same for a loader of PyTorch's that does not shuffle: its indices are those of its sampler"
-    def __iter__(self): return _serve(self._dl, self._cache, list(self.batch_sampler))
+@patch
+def get_idxs(self:_View):
+    idxs = list(range(self.n) if self.is_torch else self.given.get_idxs())
+    self.whole.seed = (self.generator or torch.default_generator).get_state() # that of the workers
+    return idxs
 
-# %% ../nbs/07_features.ipynb #605d159e
-class _Stream(GetAttr):
-    "The same for any other loader: its items are numbered as they come"
-    _default = 'dl'
-    def __init__(self, dl, cache): self.dl,self.cache = dl,cache
-    def __len__(self): return len(self.dl)
-    def __iter__(self):
-        dl,cache,source = self.dl,self.cache,None
-        cache._begin_pass(dl)
-        for k in count():
-            data = cache._data(dl) # the body may have changed, or may be frozen no longer
-            if k == 0 and not (data and data.is_known(dl)): source = iter(dl)
-            elif k == 0 and isinstance(dl, DataLoader|TorchLoader): _draw(dl)
-            if data and data.ended and k == len(data.order): return
-            have = data and k < len(data.order) and not data.missing(dl, data.order[k])
-            if source is None and not have:
-                with no_random(): source = islice(iter(dl), k, None)
-            raw = None if source is None else next(source, None)
-            if source is not None and raw is None: return data and data.end()
-            if data and k == len(data.order): data.number(cache._split(raw)[0])
-            ids = data and data.order[k]
-            yield cache._give(dl, data, ids, [] if have else ids, None if have else raw)
+# %% ../nbs/07_features.ipynb #f0c00001
+@patch
+def do_batch(self:_View, ids):
+    "The batch of these items"
+    idxs,cache = self._DataLoader__idxs,self.cache
+    cache._given = None
+    data,is_new = cache._data(self.loader),idxs is not self.idxs # the body may have changed since the last batch
+    if is_new: self.idxs,self.left = idxs,list(chunked(idxs, self.bs, self.drop_last))
+    if is_new or data is not self.data:
+        self.data = data = data and cache._trust(self.loader, data, ids)
+        parts = self.left if data is None else cache._parts(self.loader, data, self.left)
+        self.parts,self.raw = iter(parts),self.whole.load(parts) if parts else iter(())
+    del self.left[0]
+    self.given.i += len(ids)
+    if data is None: return next(self.raw)
+    while cache._lacks(self.loader, data, ids): cache._keep(self.loader, data, next(self.parts), next(self.raw))
+    return cache._give(self.loader, data, ids)
 
-# %% ../nbs/07_features.ipynb #971ba513
-def _kind(dl):
-    "Which view is for `dl`; a `ValueError` if its order can't be known"
-    inner = _within(dl)
-    if isinstance(inner, DataLoader) and _has_indices(inner): return _View
-    shuffles = getattr(inner, 'shuffle', False)
-    if isinstance(inner, TorchLoader) and not isinstance(inner.dataset, IterableDataset):
-        shuffles = (type(inner.sampler), type(inner.batch_sampler)) != (SequentialSampler, BatchSampler)
-        if not shuffles: return _TorchView
-    if not shuffles: return _Stream
-    raise ValueError(f'`FeatureCache` can\'t know the order of a {type(inner).__module__}.{type(inner).__name__} '
-                     'that shuffles and has no indices to ask for: give its data set to a fastai `DataLoader`')
-
-# %% ../nbs/07_features.ipynb #4c1b011e
-def _view(dl, cache):
-    kind = _kind(dl)
-    if kind is not _TorchView: return kind(dl, cache)
-    view = copy(dl)
-    view.__class__ = kind
-    vars(view).update(_dl=dl, _cache=cache)
-    return view
-
-def _n_items(dl):
-    kind = _kind(dl)
-    return 0 if kind is _Stream else len(dl.dataset) if kind is _TorchView else _within(dl).n
-
-def _has_indices(dl):
-    def own(o): return o in vars(dl) or getattr(type(dl), o) is not getattr(DataLoader, o)
-    return dl.indexed and dl.bs and dl.n is not None and not any(map(own, ('sample', 'chunkify', 'create_batches')))
-
-# %% ../nbs/07_features.ipynb #d35ae226
-class _Data:
-    "What is kept of one data set"
-    def __init__(self, n=0, file=None):
-        self.features,self.targets,self.witness,self.alone = _Store(n, file),{},None,{}
-        self.order,self.ended,self.whole,self.said,self.fresh = [],False,False,False,[]
-    def of(self, dl):
-        "The targets that `dl` gives; another head's may be others"
-        dl = _within(dl)
-        return self.targets.setdefault(id(dl), (dl, _Store(self.features.n)))[1]
-    def missing(self, dl, ids, but=()):
-        lacks = self.features.missing(ids)
-        if not self.alone.get(id(_within(dl))): lacks = dict.fromkeys([*lacks, *self.of(dl).missing(ids)])
-        return [i for i in lacks if i not in but]
-    def is_known(self, dl): return self.ended and not any(self.missing(dl, ids) for ids in self.order)
-    def end(self): self.ended = self.whole = True
-    def number(self, xb):
-        start = sum(map(len, self.order))
-        self.order.append(list(range(start, start+len(_tensors(xb)[0]))))
-    def put(self, dl, ids, features, yb, device):
-        self.features.put(ids, features, device)
-        if yb is not None: self.of(dl).put(ids, tuple(yb), device)
-        self.fresh += ids
-    def targets_of(self, dl, ids):
-        store = self.of(dl)
-        if lacks := store.missing(ids): store.put(lacks, _targets_alone(dl, lacks))
-        return store.get(ids)
+@patch
+def after_iter(self:_View):
+    self.whole.end()
+    if self.idxs is None or not self.data: return
+    self.data.is_whole = True
+    if num_distrib() < 2 or not isinstance(self.given, DistributedDL): self.data.publish()
 
 # %% ../nbs/07_features.ipynb #c08c4dc6
-def _targets_alone(dl, ids):
-    "The targets of items, without their inputs, where the data set can tell them apart; None where it can't"
-    ds,dl_ = getattr(dl, 'dataset', None),_within(dl)
-    if isinstance(ds, Datasets): items = [tuple(t[i] for t in ds.tls[ds.n_inp:]) for i in ids]
-    elif type(ds) is TensorDataset: items = [tuple(t[i] for t in ds.tensors[1:][-1:]) for i in ids]
-    else: return
-    if not items[0]: return ()
-    if isinstance(dl_, TorchLoader): return tuple(dl_.collate_fn(items))
-    b = dl_.do_batch([dl_.after_item(o) for o in items])
-    return tuple(dl_.after_batch(b if dl.device is None else to_device(b, dl.device)))
+def _read(loader, ids, alone=None):
+    "The batch of these items, read in this process, or of their targets `alone`"
+    items = alone
+    if isinstance(loader, TorchLoader): return loader.collate_fn(items or [loader.dataset[i] for i in ids])
+    items = [loader.after_item(o) for o in items] if items else [loader.do_item(i) for i in ids]
+    b = loader.do_batch(items)
+    return loader.after_batch(b if loader.device is None else to_device(b, loader.device))
 
-# %% ../nbs/07_features.ipynb #de731ec1
-def _share(dl, data):
-    "What each process has computed since the last pass, for all"
-    mine = data and data.fresh and (data.fresh, data.features.get(data.fresh), data.targets_of(dl, data.fresh))
-    every = [None]*num_distrib()
-    dist.all_gather_object(every, mine and to_device(mine, 'cpu'))
-    if not data: return
-    for ids,features,yb in filter(None, every):
-        new = data.missing(dl, ids)
-        rows = [ids.index(i) for i in new]
-        if new: data.put(dl, new, _rows(features, rows), _rows(yb, rows), dl.device)
-    data.fresh = []
-    if data.whole and not rank_distrib(): data.features.publish()
+def _targets_alone(loader, ids, n_inp):
+    "The targets of items without their inputs, where the data set can tell them apart"
+    ds = loader.dataset
+    if isinstance(ds, Datasets): parts = ds.tls[ds.n_inp:]
+    elif type(ds) is TensorDataset: parts = ds.tensors[n_inp:]
+    else: return
+    return tuple(_read(loader, ids, [tuple(o[i] for o in parts) for i in ids]))
 
 # %% ../nbs/07_features.ipynb #49d55c05
 class FeatureCache(FitCallback):
@@ -611,8 +400,8 @@ class FeatureCache(FitCallback):
     # `MixedPrecision` (10) has begun to cast, `DistributedTrainer` (11) has wrapped the loader,
     # and `ShortEpochCallback` (12) has not shortened it
     order = 11.5
-    _cut = _batch = _given = _key = None
-    _stateattrs = '_cut','_batch','_given','_key','_kept','_prints','_checked','_whole','_in_fit'
+    _cut = _given = _sent = _key = None
+    _stateattrs = '_cut','_given','_sent','_key','_kept','_prints','_trusted','_whole','_targets','_alone','_in_fit'
 
     def __init__(self,
         body:nn.Module|Callable=None, # Module whose output is kept, or a function of the model; None: rule 2
@@ -631,121 +420,133 @@ class FeatureCache(FitCallback):
         return {k: v for k,v in vars(self).items() if k not in self._stateattrs} | dict(_kept={})
 
     @property
-    def nbytes(self): return sum(o.features.nbytes for o in self._kept.values())
+    def nbytes(self): return sum(o.nbytes for o in self._kept.values())
 
 # %% ../nbs/07_features.ipynb #a24c1b14
 @patch
 def start_fit(self:FeatureCache):
-    self._prints,self._checked,self._whole,self._batch = {},set(),set(),None
-    self._cut = None if hasattr(self.learn, 'lr_finder') else _cut(self.learn.model, self.body)
-    if self._cut: self._cut.install()
+    self._prints,self._targets,self._alone,self._trusted,self._whole,self._said = {},{},{},set(),set(),set()
+    model = getattr(self.learn.model, 'module', self.learn.model)
+    if hasattr(self.learn, 'micro_batch'): raise ValueError(
+        '`FeatureCache` and `MicroBatch` exclude each other: a head on features needs little memory, so leave it out')
+    overfits = any(getattr(cb, 'overfit', False) for cb in self.learn.cbs) # a few batches, kept already
+    self._cut = None if overfits or hasattr(self.learn, 'lr_finder') else _cut(model, self.body)
 
 @patch
 def end_fit(self:FeatureCache):
     if self._cut: self._cut.remove()
-    self._cut = self._batch = None
-    if sys.exc_info()[0]: # nothing half is kept
-        self._kept = {k: o for k,o in self._kept.items() if o.whole}
+    self._cut = self._given = self._sent = None
+    self._targets,self._alone,self._trusted,self._said = {},{},set(),set()
+    if not sys.exc_info()[0]: return
+    for o in self._kept.values(): # nothing half is kept
+        if not o.is_whole and o.beside: _remove(o.beside, os.getpid())
+    self._kept = {k: o for k,o in self._kept.items() if o.is_whole}
 
 @patch
 def before_train(self:FeatureCache):
     self._begin()
-    if self._cut: self.learn.dl = _view(self.dl, self)
+    if self._cut: self.learn.dl = _View(self.dl, self)
 
 @patch
 def before_validate(self:FeatureCache):
     if not self._cut or self._looking: return
-    try: self.learn.dl = _view(self.dl, self)
-    except ValueError: pass # it is validated whole
-
-# %% ../nbs/07_features.ipynb #3181c2d5
-@patch
-def _split(self:FeatureCache, b):
-    "Inputs and targets, as `Learner` splits them"
-    n = getattr(self.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
-    return b[:n],b[n:]
+    with suppress(ValueError): self.learn.dl = _View(self.dl, self) # else it is validated whole
 
 # %% ../nbs/07_features.ipynb #a3f30ed0
 @patch
-def _to(self:FeatureCache, tree): return self.learn._set_device(tree)
-
-@patch
-def _data(self:FeatureCache, dl):
-    "What is kept for `dl` and this epoch; None where the whole model is to run"
-    inner = _within(dl)
-    if not self._cut.is_frozen or id(inner) in self._whole: return
+def _data(self:FeatureCache, loader):
+    "What is kept for `loader` in this epoch; None where the whole model is to run"
+    if not self._cut or not self._cut.is_frozen() or loader in self._whole: return
     if self._key != (key := self._cut.key()): self._key,self._kept = key,{}
-    if id(inner) not in self._prints: self._prints[id(inner)] = _print_of(dl)
-    name = f'{key[:20]}-{self._prints[id(inner)][:20]}-{self.epoch%self.views if self.training else "valid"}'
+    if loader not in self._prints: self._prints[loader] = _print_of(loader)
+    name = f'{key}-{self._prints[loader]}-{self.epoch%self.views if self.training else "valid"}'
     if name not in self._kept:
-        n = _n_items(dl)
-        if self.path and not n: raise ValueError('`path` needs a loader with indices, such as fastai\'s')
-        self._kept[name] = _Data(n, _File(Path(self.path)/f'{name}.features', n) if self.path else None)
+        n = loader.n if isinstance(loader, DataLoader) else len(loader.dataset)
+        self._kept[name] = _Store(n, self.path and Path(self.path)/f'{name}.features')
     return self._kept[name]
 
 @patch
-def _forget(self:FeatureCache, data):
-    if data.features.file: _remove(data.features.file.place, os.getpid())
-    self._kept = {k: o for k,o in self._kept.items() if o is not data}
+def _split(self:FeatureCache, b):
+    "Inputs and targets, as `Learner` splits them"
+    b = self.learn._set_device(_plain(tuple(b)))
+    return b[:self._n_inp(b)],b[self._n_inp(b):]
+
+@patch
+def _n_inp(self:FeatureCache, b): return getattr(self.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
+
+@patch
+def _target_store(self:FeatureCache, loader, data): return self._targets.setdefault(loader, _Store(data.n))
+
+@patch
+def _lacks(self:FeatureCache, loader, data, ids):
+    "The items that have to be read"
+    targets = [] if self._alone.get(loader) else self._target_store(loader, data).missing(ids)
+    return [*dict.fromkeys(data.missing(ids)+targets)]
+
+@patch
+def _parts(self:FeatureCache, loader, data, chunks):
+    "What has to be read for these batches, each item once, in batches that are full if the loader drops others"
+    ids = self._lacks(loader, data, [i for ids in chunks for i in ids])
+    if ids and getattr(loader, 'drop_last', False): ids += (ids*loader.bs)[:-len(ids)%loader.bs]
+    return list(chunked(ids, len(chunks[0])))
 
 # %% ../nbs/07_features.ipynb #7db9086f
 @patch
-def _give(self:FeatureCache, dl, data, ids, part, raw):
-    "The batch of the items `ids`, of which `raw` has those that had to be read"
-    b,xb = self._to(raw),None
-    if raw is None:
-        n = getattr(self.dls, 'n_inp', 1)
-        b = self._to(((_mark(data.features.get(ids)),)*n + tuple(data.targets_of(dl, ids))))
-    elif part != ids: # the others find a batch of its own size; the body gets those that are new
-        xb,yb = self._split(b)
-        data.of(dl).put(part, tuple(yb))
-        b = *_rows(xb, [part.index(i) if i in part else 0 for i in ids]),*self._to(data.targets_of(dl, ids))
-    given = self._split(b)[0]
-    self._batch = SimpleNamespace(dl=dl, data=data, ids=ids, part=part, xb=xb or given, given=_state(given))
-    return b
+def _keep(self:FeatureCache, loader, data, ids, raw):
+    "Compute what is missing of the items `ids`"
+    xb,yb = self._split(raw)
+    if len(_tensors(xb)[0]) != len(ids): raise ValueError('`FeatureCache` can\'t keep items that are skipped')
+    with self._autocast():
+        if data.missing(ids): data.put(ids, self._cut.body(xb), _tensors(xb)[0].device)
+    if yb: self._target_store(loader, data).put(ids, yb, 'cpu')
+    self._say(data)
 
-def _state(xb): return [(o.data_ptr(), o._version) for o in _tensors(xb)]
+@patch
+def _give(self:FeatureCache, loader, data, ids):
+    "The batch of the items `ids`"
+    targets,n_inp = self._target_store(loader, data),getattr(self.dls, 'n_inp', 1)
+    if self._alone.get(loader) and (lacks := targets.missing(ids)):
+        targets.put(lacks, self._split_targets(loader, lacks), 'cpu')
+    features = self.learn._set_device(data.get(ids))
+    self._given = _state(features)
+    return (features,)*n_inp + tuple(targets.get(ids) if targets.rows is not None else ())
+
+@patch
+def _split_targets(self:FeatureCache, loader, ids):
+    return tree_map(lambda o: o.as_subclass(torch.Tensor), _targets_alone(loader, ids, getattr(self.dls, 'n_inp', 1)))
+
+def _state(tree): return [(o.data_ptr(), o._version) for o in _tensors(tree)]
 
 # %% ../nbs/07_features.ipynb #8b06cb97
 @patch
 def before_batch(self:FeatureCache):
-    if self._looking or not self._batch: return
-    batch,self._batch = self._batch,None
-    data,part = batch.data,batch.part
-    if data is None: return
-    if _state(self.learn.xb) != batch.given: raise ValueError(_mixes(self.learn))
-    features = self.learn.xb[0]
-    if part:
-        is_new = data.features.missing(part)
-        features = self._cut.body(batch.xb) if is_new else self._to(data.features.get(part))
-        if is_new and not self._check(batch, features): return
-        yb = self.learn.yb if part == batch.ids else None # else they are kept already
-        data.put(batch.dl, part, features, yb, self._to(torch.empty(0)).device)
-        self._say(data)
-        if part != batch.ids: features = self._to(data.features.get(batch.ids))
-    self._cut.kinds = data.features.kinds
-    self.learn.xb = (_mark(features),)
-    self._given = _state(self.learn.xb)
+    if self._looking or self._given is None: return
+    given,self._given = self._given,None
+    if _state(self.learn.xb[0]) != given: raise ValueError(_mixes(self.learn))
+    self.learn.xb = _mark(self.learn.xb) # in the place of each input
+    self._sent = _state(self.learn.xb)
 
-# %% ../nbs/07_features.ipynb #1aec1f86
 @patch
 def after_pred(self:FeatureCache):
     "Did a later callback give the body another batch?"
-    if self._looking or self._given is None: return
-    given,self._given = self._given,None
-    if _state(self.learn.xb) != given: raise ValueError(_mixes(self.learn))
+    if self._looking or self._sent is None: return
+    sent,self._sent = self._sent,None
+    if _state(self.learn.xb) != sent: raise ValueError(_mixes(self.learn))
 
 @patch
 def _say(self:FeatureCache, data):
-    if data.said or self.learn.logger is noop: return
-    data.said,leaves = True,data.features.leaves
-    shape = ' and '.join('×'.join(map(str, o.shape[1:])) for o in leaves)
-    print(f'FeatureCache keeps what {self._cut} gives: {shape} for each of {data.features.n:,} items, '
-          f'{data.features.nbytes/1e6:,.1f} MB {f"in {self.path}" if self.path else f"on {leaves[0].device}"}')
+    if data in self._said or self.learn.logger is noop: return
+    self._said.add(data)
+    shape = ' and '.join('×'.join(map(str, o[1])) for o in data.forms)
+    print(f'FeatureCache keeps what {self._cut} gives: {shape} for each of {data.n:,} items, '
+          f'{data.nbytes/1e6:,.1f} MB {f"in {self.path}" if self.path else f"on {data.rows.device}"}')
+
+@patch
+def _autocast(self:FeatureCache):
+    return next((cb.autocast for cb in self.learn.cbs if isinstance(cb, MixedPrecision)), nullcontext())
 
 # %% ../nbs/07_features.ipynb #4ae2f1bc
 def _close(a, b):
-    "Equal but for rounding: to half of the digits that the type has"
     a,b = tree_leaves(a),tree_leaves(b)
     return len(a) == len(b) and all(map(_leaves_close, a, b))
 
@@ -757,100 +558,80 @@ def _leaves_close(a, b):
     digits = torch.finfo(a.dtype).eps**.5
     return torch.allclose(a, b, rtol=0, atol=digits*b.abs().nan_to_num().max().item(), equal_nan=True)
 
-def _rows(tree, ids): return tree_map(lambda o: o[ids] if isinstance(o, torch.Tensor) else o, tree)
+# %% ../nbs/07_features.ipynb #c361d92a
+@patch
+def _trust(self:FeatureCache, loader, data, ids):
+    "`data` if it is still what the model would compute, else new ones; None where the whole model has to run"
+    try:
+        with no_random(), self._autocast():
+            if data.known.any():
+                if self._is_still_true(loader, data): return data
+                if data.place: _remove(data.place, os.getpid())
+                self._kept = {k: o for k,o in self._kept.items() if o is not data}
+                del self._prints[loader]
+                data = self._data(loader)
+            self._look(loader, data, ids)
+            return data
+    except ValueError:
+        if self.training: raise
+        self._whole.add(loader) # validation that differs each time is right without the cache
+
+@patch
+def _is_still_true(self:FeatureCache, loader, data):
+    "In a fit's first pass two items are computed, in each they are read"
+    same,first = self.views == 1 or not self.training,data not in self._trusted
+    if not first and not same: return True
+    ids,x = data.witness or (np.flatnonzero(data.known)[:2].tolist(), None)
+    xb,yb = self._split(_read(loader, ids))
+    if same and x is not None and not _close(xb, x): return False
+    self._look_at_targets(loader, data, ids, yb)
+    if not first: return True
+    try: self._check_rest(xb, self.learn._set_device(data.get(ids)) if same else self._cut.body(xb))
+    except ValueError: return False # what is wrong is said when they are computed anew
+    data.witness = ids,xb
+    self._trusted.add(data)
+    return True
 
 # %% ../nbs/07_features.ipynb #7d5e7b29
 @patch
-def _check(self:FeatureCache, batch, features):
-    "Read the first batch again, and compute it both ways. Validation that differs each time runs whole"
-    data,dl,xb = batch.data,batch.dl,batch.xb
-    if id(data) in self._checked: return True
-    try:
-        n = len(_tensors(xb)[0])
-        if any(len(o) != n for o in _tensors(features)) or not _tensors(features): raise ValueError(
-            f'`FeatureCache`: {self._cut} gives {_shapes(features)} for {n} items, not a row for each')
-        back = list(range(n-2, -1, -1)) or [0] # another order, and another size
-        with no_random():
-            if self.views == 1 or not self.training:
-                again = self._split(self._to(self._read_again(dl, [batch.part[i] for i in back])))[0]
-                if not _close(again, _rows(xb, back)): raise ValueError(_random_data(dl))
-            some,features = _rows(xb, slice(16)),_rows(features, slice(16)) # enough, and cheap
-            self._check_body(some, features, list(range(min(n, 16)-2, -1, -1)) or [0])
-            self._check_rest(some, features)
-    except ValueError:
-        if self.training: raise
-        return self._whole.add(id(_within(dl))) # which is right without the cache, too
-    data.witness = batch.part[:16],tree_map(torch.clone, _rows(xb, slice(16)))
-    self._checked.add(id(data))
-    return True
-
-# %% ../nbs/07_features.ipynb #d7d19286
-@patch
-def _check_body(self:FeatureCache, xb, features, back):
-    "Does the body give the same for an item in another batch? What watches the body has then seen another one"
-    again = self._cut.body(_rows(xb, back))
-    if not _close(again, _rows(features, back)): raise ValueError(_random_body(self._cut, xb, back))
+def _look(self:FeatureCache, loader, data, ids):
+    "Read the first batch twice, in another order and size, and compute some of it both ways"
+    cut,back = self._cut,list(range(len(ids)-2, -1, -1)) or [0]
+    xb,yb = self._split(_read(loader, ids))
+    if self.views == 1 or not self.training:
+        again,_ = self._split(_read(loader, [ids[i] for i in back]))
+        if not _close(again, _rows(xb, back)): raise ValueError(_random_data(loader))
+    some,back = _rows(xb, slice(8)),back[-7:]
+    try: features = cut.body(some)
+    except TypeError as e:
+        raise ValueError(f'`FeatureCache`: {cut} can\'t take the model\'s inputs, so it is not its front: {e}') from e
+    if not _tensors(features) or any(len(o) != len(ids[:8]) for o in _tensors(features)): raise ValueError(
+        f'`FeatureCache`: {cut} gives {_shapes(features)} for {len(ids[:8])} items, not a row for each')
+    if not _close(cut.body(_rows(some, back)), _rows(features, back)): raise ValueError(_random_body(cut, some, back))
+    self._check_rest(some, features)
+    self._look_at_targets(loader, data, ids, yb)
+    data.witness = ids[:2],tree_map(torch.clone, _rows(xb, slice(2)))
+    self._trusted.add(data)
 
 @patch
 def _check_rest(self:FeatureCache, xb, features):
     "Does the rest of the model give the same from the features alone?"
-    cut,why = self._cut,'the rest of the model wants more than what comes out of'
-    cut.kinds = [type(o) for o in tree_leaves(features)]
-    try: out = cut.whole((_mark(features),))
-    except Exception as e: raise ValueError(f'`FeatureCache`: {why} {cut}: {e}') from e
-    if not _close(cut.whole(xb), out): raise ValueError(
-        f'`FeatureCache`: {why} {cut}, or the input is changed before it. Cut the model elsewhere, with `body`')
-
-# %% ../nbs/07_features.ipynb #c361d92a
-@patch
-def _begin_pass(self:FeatureCache, dl):
-    "What was kept before is looked at again: some items at a fit's first pass, one at each other"
-    data = self._data(dl)
-    if isinstance(dl, DistributedDL) and num_distrib() > 1: _share(dl, data)
-    if data is None or not any(data.features.known): return
-    first,new,same = id(data) not in self._checked,not data.of(dl).leaves,self.views == 1 or not self.training
-    if not first and not same: return
-    ids,x = data.witness or ([i for i,o in enumerate(data.features.known) if o][:16], None)
-    ids = ids[:max(2, sum(data.features.known)//64) if new else 2 if first else 1]
-    with no_random(), self._autocast():
-        xb,yb = self._split(self._to(self._read_again(dl, ids)))
-        if same and x is not None and not _close(xb, _rows(x, slice(len(ids)))): return self._forget(data)
-        if same: self._look_at_targets(data, dl, ids, yb)
-        if not first: return
-        features = self._to(data.features.get(ids)) if same else self._cut.body(xb)
-        try: self._check_rest(xb, features)
-        except ValueError:
-            if same and not _close(self._cut.body(xb), features): return self._forget(data)
-            if self.training: raise
-            return self._whole.add(id(_within(dl)))
-    data.witness = data.witness or (ids, tree_map(torch.clone, xb))
-    self._checked.add(id(data))
-
-# %% ../nbs/07_features.ipynb #8c8f648a
-@patch
-def _look_at_targets(self:FeatureCache, data, dl, ids, yb):
-    store,inner = data.of(dl),_within(dl)
-    if not store.missing(ids):
-        if not _close(tuple(yb), self._to(store.get(ids))): del data.targets[id(inner)]
-    elif not store.leaves:
-        with suppress(Exception): # targets that can't be had alone come with their inputs
-            data.alone[id(inner)] = _close(tuple(yb), self._to(_targets_alone(dl, ids)))
+    why = f'`FeatureCache`: the rest of the model wants more than what comes out of {self._cut}'
+    try: out = self._cut.whole((_mark(features),)*len(xb))
+    except Exception as e: raise ValueError(f'{why}: {e}') from e
+    if not _close(self._cut.whole(xb), out):
+        raise ValueError(f'{why}, or the input is changed before it. Cut the model elsewhere, with `body`')
 
 @patch
-def _read_again(self:FeatureCache, dl, ids):
-    if _kind(dl) is _Stream:
-        rng = getattr(dl, 'rng', None)
-        try: return _rows(next(iter(dl)), ids)
-        finally:
-            if rng: dl.rng = rng
-    return next(_read(dl, [ids], workers=False))
-
-# %% ../nbs/07_features.ipynb #4ef1d54a
-@patch
-def _autocast(self:FeatureCache):
-    return next((cb.autocast for cb in self.learn.cbs if isinstance(cb, MixedPrecision)), nullcontext())
+def _look_at_targets(self:FeatureCache, loader, data, ids, yb):
+    "Those of this epoch may be others; and can they be had without their inputs?"
+    targets = self._target_store(loader, data)
+    if targets.known.any() and not _close(yb, self.learn._set_device(targets.get(ids))): del self._targets[loader]
+    with suppress(Exception): self._alone[loader] = _close(yb, self.learn._set_device(self._split_targets(loader, ids)))
 
 # %% ../nbs/07_features.ipynb #3b34f084
+def _contiguous(o): return o.detach().clone(memory_format=torch.contiguous_format) # its strides, too
+
 def _shapes(tree): return ' and '.join(str(tuple(o.shape)) for o in _tensors(tree)) or 'no tensor'
 
 def _mixes(learn):
@@ -861,32 +642,43 @@ def _mixes(learn):
     return (f'`FeatureCache`: a callback has changed the batch before the body: {", ".join(some) or "unknown"}. '
             'What it makes is another each time: take it out, or do without the cache')
 
-def _random_data(dl):
-    found = [t for t in _transforms(_within(dl)) if isinstance(t, RandTransform) or hasattr(t, 'before_call')]
+def _random_data(loader):
+    pipes = [getattr(loader, o, None) for o in ('after_item', 'before_batch', 'after_batch')]
+    pipes += [t.tfms for t in getattr(loader.dataset, 'tls', ())]
+    tfms = [t for pipe in pipes if isinstance(pipe, Pipeline) for t in pipe.fs]
+    found = [t for t in tfms if isinstance(t, RandTransform) or hasattr(t, 'before_call')]
     names = ', '.join(dict.fromkeys(type(t).__name__ for t in found))
-    if not names: names = f'the data set, a {type(getattr(dl, "dataset", dl)).__name__}'
-    crops = ' `Resize` crops at random in training: `Resize(size, method=\'squish\')` does not.' if any(
-        isinstance(t, Resize) for t in found) else ''
-    return (f'`FeatureCache`: the data is read differently each time, by {names}.{crops} '
+    names = names or f'the data set, a {type(loader.dataset).__name__}'
+    crops = ' `Resize` crops at random in training: `Resize(size, method=\'squish\')` does not.'
+    return (f'`FeatureCache`: the data is read differently each time, by {names}.'
+            f'{crops if any(isinstance(t, Resize) for t in found) else ""} '
             'Leave out what is random, or keep several readings with `views`')
 
-# %% ../nbs/07_features.ipynb #b8f9496e
-def _transforms(dl):
-    "The transforms of a loader and of its data set"
-    pipes = [getattr(dl, o, None) for o in ('after_item', 'before_batch', 'after_batch')]
-    pipes += [t.tfms for t in getattr(getattr(dl, 'dataset', None), 'tls', ())]
-    return [t for pipe in pipes if isinstance(pipe, Pipeline) for t in pipe.fs]
-
 def _random_body(cut, xb, back):
-    "Which layer is it that gives something else for the same items?"
     names,seen = {m: name for name,m in cut.model.named_modules()},[{}, {}]
     for outs,rows in zip(seen, (slice(None), back)):
         def note(m, args, out, outs=outs): outs.setdefault(m, out)
-        hooks = [m.register_forward_hook(note) for u in cut.units for m in u.modules()]
+        hooks = [m.register_forward_hook(note) for u in cut.units.values() for m in u.modules()]
         try: cut.body(_rows(xb, rows))
-        finally:
-            for o in hooks: o.remove()
-    layer = next((m for m in seen[0] if not _close(_rows(seen[0][m], back), seen[1].get(m))), cut.units[0])
+        finally: [o.remove() for o in hooks]
+    layer = next((m for m in seen[0] if not _close(_rows(seen[0][m], back), seen[1].get(m))), [*cut.units.values()][0])
     return (f'`FeatureCache`: layer `{names[layer]}` ({type(layer).__name__}) of the body gives something else for '
             'the same items, even in eval mode: it is random, or depends on the other items of the batch. '
             'Cut the model before it, with `body`')
+
+# %% ../nbs/07_features.ipynb #de731ec1
+@patch
+def _share(self:FeatureCache, view):
+    if not isinstance(view.given, DistributedDL) or num_distrib() < 2: return
+    loader,data = view.loader,self._data(view.loader)
+    targets = data and self._target_store(loader, data)
+    mine = data and [(o.fresh, to_device(o.get(o.fresh), 'cpu')) if o.fresh else None for o in (data, targets)]
+    every = [None]*num_distrib()
+    dist.all_gather_object(every, mine)
+    if not data: return
+    for theirs in filter(None, every):
+        for store,one in zip((data, targets), theirs):
+            if one and (rows := [k for k,i in enumerate(one[0]) if not store.known[i]]):
+                store.put([one[0][k] for k in rows], _rows(one[1], rows), self.learn._set_device(torch.empty(0)).device)
+    if not rank_distrib() and data.is_whole: data.publish()
+    data.fresh,targets.fresh = [],[]

@@ -103,12 +103,18 @@ def frozen_net():
     return nn.Sequential(body, nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1)))
 
 
+class Items(TensorDataset):
+    "Data with indices that a Learner can be exported with"
+    def new_empty(self): return Items(*(o[:0] for o in self.tensors))
+
+
 def frozen_data():
     "Five batches of four items to train, and two to validate"
-    def batches(n, seed):
+    def loader(n, seed):
         g = torch.Generator().manual_seed(seed)
-        return Held((torch.randn(4, 3, generator=g), torch.randn(4, 1, generator=g)) for _ in range(n))
-    return DataLoaders(batches(5, 0), batches(2, 1), device=Held.device)
+        batches = [(torch.randn(4, 3, generator=g), torch.randn(4, 1, generator=g)) for _ in range(n)]
+        return DataLoader(Items(*map(torch.cat, zip(*batches))), bs=4)
+    return DataLoaders(loader(5, 0), loader(2, 1), device=Held.device)
 
 
 def frozen_learner(cbs=None, dls=None, **kwargs):
