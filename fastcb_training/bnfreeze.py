@@ -43,7 +43,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 
-from .core import FitCallback, check
+from .core import FirstThenLast, FitCallback, check
 
 # %% ../nbs/06_bnfreeze.ipynb #aff46447
 bn_types = (_NormBase,)
@@ -162,15 +162,10 @@ def _let_go(held):
     held.take_off()
     if held.mode: _set_mode(held.m, True)
 
-# %% ../nbs/06_bnfreeze.ipynb #bnf00023
-class _FirstThenLast:
-    "First when a fit begins, as others may run the model at once; then last, to see what the others did"
-    def __get__(self, cb, cls): return -inf if cb is not None and not cb._in_fit else inf
-
 # %% ../nbs/06_bnfreeze.ipynb #4962ac81
 class BnFreeze(FitCallback):
     "Hold the frozen part of a model through a fit, bit for bit"
-    order = _FirstThenLast()
+    order = FirstThenLast()
     _held = _moving = _was = _frozen = _trained = () # outside of a fit
     _stateattrs = '_in_fit','_model','_held','_moving','_was','_frozen','_trained' # a copy is in no fit
 

@@ -47,7 +47,6 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.data.core import Datasets
 from fastai.data.load import DataLoader, _FakeLoader
-from fastai.distributed import DistributedDL
 from fastai.torch_basics import Pipeline, Transform, no_random, noop, num_distrib, rank_distrib, to_device
 from fastai.vision.augment import RandTransform, Resize
 from fastcore.basics import chunked, patch, store_attr
@@ -312,7 +311,7 @@ class _View(DataLoader):
     dataset = property(lambda self: self.loader.dataset)
     rng = property(lambda self: self.loader.rng, lambda self, rng: setattr(self.loader, 'rng', rng))
     def __init__(self, dl, cache): # not DataLoader's, which draws a random number
-        loader = dl.dl if isinstance(dl, DistributedDL) else dl
+        loader = dl.dl if _is_share(dl) else dl
         if not _has_order(loader): raise ValueError(
             '`FeatureCache` needs a loader with indices, fastai\'s or one of PyTorch\'s that does not shuffle, and has '
             f'a {type(loader).__module__}.{type(loader).__name__}: give its data set to fastai\'s `DataLoader`')
@@ -327,6 +326,11 @@ class _View(DataLoader):
     def new(self, *args, **kwargs): return self.loader.new(*args, **kwargs)
     def one_batch(self): return self.loader.one_batch()
     def do_item(self, i): return i
+
+def _is_share(dl):
+    "Is it one process's share of a loader? `fastai.distributed` needs accelerate: it is asked only if it is there"
+    lib = sys.modules.get('fastai.distributed')
+    return lib is not None and isinstance(dl, lib.DistributedDL)
 
 def _has_order(loader):
     if isinstance(loader, DataLoader): return has_numbers(loader) and bool(loader.bs)
@@ -375,7 +379,7 @@ def after_iter(self:_View):
     self.whole.end()
     if self.idxs is None or not self.data: return
     self.data.is_whole = True
-    if num_distrib() < 2 or not isinstance(self.given, DistributedDL): self.data.publish()
+    if num_distrib() < 2 or not _is_share(self.given): self.data.publish()
 
 # %% ../nbs/07_features.ipynb #c08c4dc6
 def _read(loader, ids, alone=None):
@@ -669,7 +673,7 @@ def _random_body(cut, xb, back):
 # %% ../nbs/07_features.ipynb #de731ec1
 @patch
 def _share(self:FeatureCache, view):
-    if not isinstance(view.given, DistributedDL) or num_distrib() < 2: return
+    if not _is_share(view.given) or num_distrib() < 2: return
     loader,data = view.loader,self._data(view.loader)
     targets = data and self._target_store(loader, data)
     mine = data and [(o.fresh, to_device(o.get(o.fresh), 'cpu')) if o.fresh else None for o in (data, targets)]

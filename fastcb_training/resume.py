@@ -55,7 +55,7 @@ from torch import distributed as dist, nn
 from torch.utils.data import Subset
 
 from . import __version__
-from .core import FitCallback, LoaderView, check, numbered_batches
+from .core import FirstThenLast, FitCallback, LoaderView, check, numbered_batches
 
 # %% ../nbs/02_resume.ipynb #d6706785
 class _NoData(Exception): "It can't be written as plain data"
@@ -434,6 +434,7 @@ def _remove_files(path):
 # %% ../nbs/02_resume.ipynb #26aee673
 class ResumeFit(FitCallback):
     "Go on with a fit that was cut off, as if it had not been"
+    order = FirstThenLast() # it refuses before anything is written, and tidies up after all others
     _saved = _place = _handler = None
     _stateattrs = '_saved','_handler'
     stopped = False # Was the last fit ended before its time, by a signal or because its minutes were over?
@@ -449,9 +450,6 @@ class ResumeFit(FitCallback):
         check('every', every, Real, 'a number of minutes, 0 or above', lambda o: o >= 0)
         check('minutes', minutes, (Real, NoneType), 'a number of minutes above 0, or None',
               lambda o: o is None or o > 0)
-
-    @property
-    def order(self): return inf if self._in_fit else -inf # it refuses first, and tidies up last
 
     def before_fit(self):
         learn = self.learn
