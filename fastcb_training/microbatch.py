@@ -39,9 +39,10 @@ from fastai.callback.rnn import ModelResetter
 from fastai.torch_core import get_random_states, set_random_states
 from fastcore.basics import first, patch, store_attr
 from fastcore.foundation import L
-from torch import Tensor, distributed as dist, nn
+from torch import Tensor, distributed as dist, nn, tensor
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import _get_autocast_kwargs
 
@@ -120,7 +121,7 @@ def _try(f, *args, after=None):
         if not _out_of_memory(e):
             if after: raise e from after
             raise
-        e.__traceback__ = e.__context__ = None # their frames hold all that the try has computed
+        e.__traceback__ = e.__context__ = e.__cause__ = None # their frames hold all that the try has computed
         torch.clear_autocast_cache()
         gc.collect()
         return None,e
@@ -164,7 +165,8 @@ def _n_items(nest):
             raise TypeError(f'`MicroBatch` splits tensors and nests of them, and got a {type(o).__name__}.')
     sizes = list(dict.fromkeys(len(o) for o in _tensors(nest) if o.ndim))
     if len(sizes) != 1:
-        raise ValueError(f'`MicroBatch` splits all inputs along their first dimension, the items, and these have {sizes}.')
+        raise ValueError('`MicroBatch` splits all inputs along their first dimension, the items, '
+                         f'and these have {sizes}.')
     return sizes[0]
 
 # %% ../nbs/05_microbatch.ipynb #f9927ed4
@@ -208,8 +210,12 @@ class _State:
     "The random states and the buffers of `model`, as they are now"
     def __init__(self, model):
         self.random = _random_states()
-        self.buffers = {m: [(name, b, b.detach().clone()) for name,b in m._buffers.items() if b is not None]
+        self.buffers = {m: [(name, b, self.value(name, b)) for name,b in m._buffers.items() if b is not None]
                         for m in model.modules()}
+
+    def value(self, name, b):
+        if is_lazy(b): return tensor(float(name == 'running_var')) # what a lazy layer will begin with
+        return b.detach().clone()
 
     def load(self):
         _set_random_states(self.random)
@@ -219,7 +225,7 @@ class _State:
         for m in self.buffers if modules is None else modules:
             for name,b,value in self.buffers[m]:
                 if m._buffers[name] is not b: m._buffers[name] = b
-                b.data.copy_(value) # `data`, since a graph may have saved `b`, and would find it changed
+                if not is_lazy(b): b.data.copy_(value) # `data`, since a graph may have saved `b`, and would find it changed
 
 # %% ../nbs/05_microbatch.ipynb #82d53dc8
 class _Part:
@@ -325,6 +331,7 @@ def backward(self:_Batch, tensors, grads):
         while todo:
             got,now = _try(self.part_grads, todo[-1], inputs, grads, create, after=failed)
             if now: # nothing of it has arrived anywhere
+                _drain()
                 failed,size = now,self.smaller(todo, now)
                 todo = [o for part in todo for o in part.split(self.n, size)]
                 continue
@@ -333,6 +340,11 @@ def backward(self:_Batch, tensors, grads):
             pieces.insert(0, got)
     if failed: self.cb._found(self, size)
     return *(_whole_grad(*o) for o in zip(inputs, zip(*pieces))),*(o.sum for o in sums)
+
+def _drain():
+    "Drop what a failed pass has left in autograd's queue: branches that were ready, with the graph behind them"
+    t = torch.ones((), requires_grad=True)
+    torch.autograd.grad(t, t) # any pass does it, and the next part has to be computed before its own
 
 class _Sum:
     "A sum of gradients, or None if there was none"
@@ -454,8 +466,8 @@ class _Statistics:
         def moves(m): return isinstance(m, _NormBase) and m.training and m.running_mean is not None
         self.layers = {m: m.momentum for m in model.modules() if several and moves(m)}
         self.state,self.parts = state,[]
-        if dist.is_initialized() and dist.get_world_size() > 1 and any(isinstance(o, nn.SyncBatchNorm) for o in self.layers):
-            raise ValueError(_synchronised)
+        several_processes = dist.is_initialized() and dist.get_world_size() > 1
+        if several_processes and any(isinstance(o, nn.SyncBatchNorm) for o in self.layers): raise ValueError(_synchronised)
 
     def __enter__(self):
         for o in self.layers: o.momentum = 1. # so that what runs is what was seen last
@@ -478,8 +490,8 @@ class _Statistics:
         for layer in self.layers:
             for calls in zip(*(o[layer] for o in self.parts)): _move(layer, *_moments(layer, calls))
 
-_synchronised = ('`MicroBatch` cannot split batches for `SyncBatchNorm`: processes that split differently would wait for each '
-                 'other for ever. Use `distrib_ctx(sync_bn=False)`.')
+_synchronised = ('`MicroBatch` cannot split batches for `SyncBatchNorm`: processes that split differently '
+                 'would wait for each other for ever. Use `distrib_ctx(sync_bn=False)`.')
 
 # %% ../nbs/05_microbatch.ipynb #d215c953
 def _moments(layer, parts):
