@@ -103,10 +103,18 @@ def _through(self:MicroBatch, batch):
     size = self.size
     out,failed = _try(batch.through, size)
     while failed:
-        size = batch.smaller(batch.parts, failed)
+        size = _smaller(batch, batch.parts, failed)
         out,failed = _try(batch.through, size, after=failed)
     if size != self.size: self._found(batch, size)
     return out
+
+def _smaller(batch, parts, failed):
+    "Half the size of the largest of the `parts`"
+    try: n = batch.n
+    except (TypeError, ValueError) as e: raise e from failed
+    largest = max(len(range(n)[o.items]) for o in parts)
+    if largest > 1: return ceil(largest/2)
+    raise _OutOfMemory('One item alone does not fit in memory: `MicroBatch` has nothing left to split.') from failed
 
 @patch
 def _found(self:MicroBatch, batch, size):
@@ -199,6 +207,12 @@ def _set_random_states(states):
     set_random_states(**states[0])
     if states[1] is not None: torch.mps.set_rng_state(states[1])
 
+def _modes(model): return {m: m.training for m in model.modules()}
+
+def _set_modes(modes):
+    for m,training in modes.items():
+        if m.training != training: m.training = training
+
 def _autocasts(tensors):
     "What `torch.autocast` is asked for now, by type of device"
     device = first(o.device.type for o in tensors if o.device.type != 'cpu') or 'cpu'
@@ -225,7 +239,58 @@ class _State:
         for m in self.buffers if modules is None else modules:
             for name,b,value in self.buffers[m]:
                 if m._buffers[name] is not b: m._buffers[name] = b
-                if not is_lazy(b): b.data.copy_(value) # `data`, since a graph may have saved `b`, and would find it changed
+                if not is_lazy(b): b.data.copy_(value) # `data`: a graph that saved `b` would find it changed
+
+# %% ../nbs/05_microbatch.ipynb #7dbaefdf
+class _Statistics:
+    "The running statistics of `model`, moved once, by what all parts have seen"
+    def __init__(self, model, state, several):
+        def moves(m): return isinstance(m, _NormBase) and m.training and m.running_mean is not None
+        self.layers = {m: m.momentum for m in model.modules() if several and moves(m)}
+        self.state,self.parts = state,[]
+        several_processes = dist.is_initialized() and dist.get_world_size() > 1
+        if several_processes and any(isinstance(o, nn.SyncBatchNorm) for o in self.layers):
+            raise ValueError(_synchronised)
+
+    def __enter__(self):
+        for o in self.layers: o.momentum = 1. # so that what runs is what was seen last
+        self.hooks = [o.register_forward_hook(self.see) for o in self.layers]
+        return self
+
+    def begin(self):
+        if self.parts: self.state.load_buffers()
+        self.parts.append({o: [] for o in self.layers})
+
+    def see(self, layer, args, out):
+        n = out.numel()//out.shape[1] if isinstance(layer, _BatchNorm) else len(out)
+        self.parts[-1][layer].append((n, layer.running_mean.clone(), layer.running_var.clone()))
+
+    def __exit__(self, kind, *args):
+        for o,momentum in self.layers.items(): o.momentum = momentum
+        for o in self.hooks: o.remove()
+        if kind: return
+        self.state.load_buffers(self.layers)
+        for layer in self.layers:
+            for calls in zip(*(o[layer] for o in self.parts)): _move(layer, *_moments(layer, calls))
+
+_synchronised = ('`MicroBatch` cannot split batches for `SyncBatchNorm`: processes that split differently '
+                 'would wait for each other for ever. Use `distrib_ctx(sync_bn=False)`.')
+
+# %% ../nbs/05_microbatch.ipynb #d215c953
+def _moments(layer, parts):
+    "Mean and variance over all items, from `(count, mean, variance)` of the parts"
+    n = sum(c for c,_,_ in parts)
+    mean = sum(m*(c/n) for c,m,_ in parts)
+    if not isinstance(layer, _BatchNorm): return mean,sum(v*(c/n) for c,_,v in parts) # a variance of each item
+    return mean,sum(v*(c-1) + (m-mean)**2*c for c,m,v in parts)/(n-1)
+
+def _move(layer, mean, var):
+    "What the layer does after a batch with this mean and variance"
+    momentum = layer.momentum or 0.
+    if isinstance(layer, _BatchNorm):
+        layer.num_batches_tracked.add_(1)
+        if layer.momentum is None: momentum = 1/layer.num_batches_tracked.item()
+    for running,new in (layer.running_mean, mean),(layer.running_var, var): running.data.lerp_(new, momentum)
 
 # %% ../nbs/05_microbatch.ipynb #82d53dc8
 class _Part:
@@ -332,7 +397,7 @@ def backward(self:_Batch, tensors, grads):
             got,now = _try(self.part_grads, todo[-1], inputs, grads, create, after=failed)
             if now: # nothing of it has arrived anywhere
                 _drain()
-                failed,size = now,self.smaller(todo, now)
+                failed,size = now,_smaller(self, todo, now)
                 todo = [o for part in todo for o in part.split(self.n, size)]
                 continue
             todo.pop()
@@ -400,12 +465,6 @@ def as_in_forward(self:_Batch, part):
         _set_random_states(part.random)
         yield
 
-def _modes(model): return {m: m.training for m in model.modules()}
-
-def _set_modes(modes):
-    for m,training in modes.items():
-        if m.training != training: m.training = training
-
 @contextmanager
 def _without_hooks(params):
     "They are for the whole gradient, and called when it arrives"
@@ -414,16 +473,6 @@ def _without_hooks(params):
     try: yield
     finally:
         for o,own in hooks: o.update(own)
-
-# %% ../nbs/05_microbatch.ipynb #490672f2
-@patch
-def smaller(self:_Batch, parts, failed):
-    "Half the size of the largest of the `parts`"
-    try: n = self.n
-    except (TypeError, ValueError) as e: raise e from failed
-    largest = max(len(range(n)[o.items]) for o in parts)
-    if largest > 1: return ceil(largest/2)
-    raise _OutOfMemory('One item alone does not fit in memory: `MicroBatch` has nothing left to split.') from failed
 
 # %% ../nbs/05_microbatch.ipynb #92dff00f
 class _Draws(TorchDispatchMode):
@@ -458,53 +507,3 @@ def draw(self:_Batch, whole, inputs):
     draws = _Draws(whole, self.n)
     _,failed = _try(again)
     whole.draws = draws.of if not failed else lambda part, n: nullcontext()
-
-# %% ../nbs/05_microbatch.ipynb #7dbaefdf
-class _Statistics:
-    "The running statistics of `model`, moved once, by what all parts have seen"
-    def __init__(self, model, state, several):
-        def moves(m): return isinstance(m, _NormBase) and m.training and m.running_mean is not None
-        self.layers = {m: m.momentum for m in model.modules() if several and moves(m)}
-        self.state,self.parts = state,[]
-        several_processes = dist.is_initialized() and dist.get_world_size() > 1
-        if several_processes and any(isinstance(o, nn.SyncBatchNorm) for o in self.layers): raise ValueError(_synchronised)
-
-    def __enter__(self):
-        for o in self.layers: o.momentum = 1. # so that what runs is what was seen last
-        self.hooks = [o.register_forward_hook(self.see) for o in self.layers]
-        return self
-
-    def begin(self):
-        if self.parts: self.state.load_buffers()
-        self.parts.append({o: [] for o in self.layers})
-
-    def see(self, layer, args, out):
-        n = out.numel()//out.shape[1] if isinstance(layer, _BatchNorm) else len(out)
-        self.parts[-1][layer].append((n, layer.running_mean.clone(), layer.running_var.clone()))
-
-    def __exit__(self, kind, *args):
-        for o,momentum in self.layers.items(): o.momentum = momentum
-        for o in self.hooks: o.remove()
-        if kind: return
-        self.state.load_buffers(self.layers)
-        for layer in self.layers:
-            for calls in zip(*(o[layer] for o in self.parts)): _move(layer, *_moments(layer, calls))
-
-_synchronised = ('`MicroBatch` cannot split batches for `SyncBatchNorm`: processes that split differently '
-                 'would wait for each other for ever. Use `distrib_ctx(sync_bn=False)`.')
-
-# %% ../nbs/05_microbatch.ipynb #d215c953
-def _moments(layer, parts):
-    "Mean and variance over all items, from `(count, mean, variance)` of the parts"
-    n = sum(c for c,_,_ in parts)
-    mean = sum(m*(c/n) for c,m,_ in parts)
-    if not isinstance(layer, _BatchNorm): return mean,sum(v*(c/n) for c,_,v in parts) # a variance of each item
-    return mean,sum(v*(c-1) + (m-mean)**2*c for c,m,v in parts)/(n-1)
-
-def _move(layer, mean, var):
-    "What the layer does after a batch with this mean and variance"
-    momentum = layer.momentum or 0.
-    if isinstance(layer, _BatchNorm):
-        layer.num_batches_tracked.add_(1)
-        if layer.momentum is None: momentum = 1/layer.num_batches_tracked.item()
-    for running,new in (layer.running_mean, mean),(layer.running_var, var): running.data.lerp_(new, momentum)
