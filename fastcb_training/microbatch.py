@@ -134,6 +134,11 @@ def _try(f, *args, after=None):
         gc.collect()
         return None,e
 
+def _drain():
+    "Drop what a failed pass has left in autograd's queue: branches that were ready, with the graph behind them"
+    t = torch.ones((), requires_grad=True)
+    torch.autograd.grad(t, t) # any pass does it, and the next part has to be computed before its own
+
 _OutOfMemory = getattr(torch, 'OutOfMemoryError', torch.cuda.OutOfMemoryError) # the latter until torch 2.4
 _messages = 'out of memory',"can't allocate memory",'not enough memory','CUBLAS_STATUS_ALLOC_FAILED'
 
@@ -405,11 +410,6 @@ def backward(self:_Batch, tensors, grads):
             pieces.insert(0, got)
     if failed: self.cb._found(self, size)
     return *(_whole_grad(*o) for o in zip(inputs, zip(*pieces))),*(o.sum for o in sums)
-
-def _drain():
-    "Drop what a failed pass has left in autograd's queue: branches that were ready, with the graph behind them"
-    t = torch.ones((), requires_grad=True)
-    torch.autograd.grad(t, t) # any pass does it, and the next part has to be computed before its own
 
 class _Sum:
     "A sum of gradients, or None if there was none"
