@@ -39,9 +39,10 @@ from fastai.callback.rnn import ModelResetter
 from fastai.torch_core import get_random_states, set_random_states
 from fastcore.basics import first, patch, store_attr
 from fastcore.foundation import L
-from torch import Tensor, distributed as dist, nn
+from torch import Tensor, distributed as dist, nn, tensor
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import _get_autocast_kwargs
 
@@ -102,10 +103,18 @@ def _through(self:MicroBatch, batch):
     size = self.size
     out,failed = _try(batch.through, size)
     while failed:
-        size = batch.smaller(batch.parts, failed)
+        size = _smaller(batch, batch.parts, failed)
         out,failed = _try(batch.through, size, after=failed)
     if size != self.size: self._found(batch, size)
     return out
+
+def _smaller(batch, parts, failed):
+    "Half the size of the largest of the `parts`"
+    try: n = batch.n
+    except (TypeError, ValueError) as e: raise e from failed
+    largest = max(len(range(n)[o.items]) for o in parts)
+    if largest > 1: return ceil(largest/2)
+    raise _OutOfMemory('One item alone does not fit in memory: `MicroBatch` has nothing left to split.') from failed
 
 @patch
 def _found(self:MicroBatch, batch, size):
@@ -120,10 +129,15 @@ def _try(f, *args, after=None):
         if not _out_of_memory(e):
             if after: raise e from after
             raise
-        e.__traceback__ = e.__context__ = None # their frames hold all that the try has computed
+        e.__traceback__ = e.__context__ = e.__cause__ = None # their frames hold all that the try has computed
         torch.clear_autocast_cache()
         gc.collect()
         return None,e
+
+def _drain():
+    "Drop what a failed pass has left in autograd's queue: branches that were ready, with the graph behind them"
+    t = torch.ones((), requires_grad=True)
+    torch.autograd.grad(t, t) # any pass does it, and the next part has to be computed before its own
 
 _OutOfMemory = getattr(torch, 'OutOfMemoryError', torch.cuda.OutOfMemoryError) # the latter until torch 2.4
 _messages = 'out of memory',"can't allocate memory",'not enough memory','CUBLAS_STATUS_ALLOC_FAILED'
@@ -164,7 +178,8 @@ def _n_items(nest):
             raise TypeError(f'`MicroBatch` splits tensors and nests of them, and got a {type(o).__name__}.')
     sizes = list(dict.fromkeys(len(o) for o in _tensors(nest) if o.ndim))
     if len(sizes) != 1:
-        raise ValueError(f'`MicroBatch` splits all inputs along their first dimension, the items, and these have {sizes}.')
+        raise ValueError('`MicroBatch` splits all inputs along their first dimension, the items, '
+                         f'and these have {sizes}.')
     return sizes[0]
 
 # %% ../nbs/05_microbatch.ipynb #f9927ed4
@@ -197,6 +212,12 @@ def _set_random_states(states):
     set_random_states(**states[0])
     if states[1] is not None: torch.mps.set_rng_state(states[1])
 
+def _modes(model): return {m: m.training for m in model.modules()}
+
+def _set_modes(modes):
+    for m,training in modes.items():
+        if m.training != training: m.training = training
+
 def _autocasts(tensors):
     "What `torch.autocast` is asked for now, by type of device"
     device = first(o.device.type for o in tensors if o.device.type != 'cpu') or 'cpu'
@@ -208,8 +229,12 @@ class _State:
     "The random states and the buffers of `model`, as they are now"
     def __init__(self, model):
         self.random = _random_states()
-        self.buffers = {m: [(name, b, b.detach().clone()) for name,b in m._buffers.items() if b is not None]
+        self.buffers = {m: [(name, b, self.value(name, b)) for name,b in m._buffers.items() if b is not None]
                         for m in model.modules()}
+
+    def value(self, name, b):
+        if is_lazy(b): return tensor(float(name == 'running_var')) # what a lazy layer will begin with
+        return b.detach().clone()
 
     def load(self):
         _set_random_states(self.random)
@@ -219,7 +244,58 @@ class _State:
         for m in self.buffers if modules is None else modules:
             for name,b,value in self.buffers[m]:
                 if m._buffers[name] is not b: m._buffers[name] = b
-                b.data.copy_(value) # `data`, since a graph may have saved `b`, and would find it changed
+                if not is_lazy(b): b.data.copy_(value) # `data`: a graph that saved `b` would find it changed
+
+# %% ../nbs/05_microbatch.ipynb #7dbaefdf
+class _Statistics:
+    "The running statistics of `model`, moved once, by what all parts have seen"
+    def __init__(self, model, state, several):
+        def moves(m): return isinstance(m, _NormBase) and m.training and m.running_mean is not None
+        self.layers = {m: m.momentum for m in model.modules() if several and moves(m)}
+        self.state,self.parts = state,[]
+        several_processes = dist.is_initialized() and dist.get_world_size() > 1
+        if several_processes and any(isinstance(o, nn.SyncBatchNorm) for o in self.layers):
+            raise ValueError(_synchronised)
+
+    def __enter__(self):
+        for o in self.layers: o.momentum = 1. # so that what runs is what was seen last
+        self.hooks = [o.register_forward_hook(self.see) for o in self.layers]
+        return self
+
+    def begin(self):
+        if self.parts: self.state.load_buffers()
+        self.parts.append({o: [] for o in self.layers})
+
+    def see(self, layer, args, out):
+        n = out.numel()//out.shape[1] if isinstance(layer, _BatchNorm) else len(out)
+        self.parts[-1][layer].append((n, layer.running_mean.clone(), layer.running_var.clone()))
+
+    def __exit__(self, kind, *args):
+        for o,momentum in self.layers.items(): o.momentum = momentum
+        for o in self.hooks: o.remove()
+        if kind: return
+        self.state.load_buffers(self.layers)
+        for layer in self.layers:
+            for calls in zip(*(o[layer] for o in self.parts)): _move(layer, *_moments(layer, calls))
+
+_synchronised = ('`MicroBatch` cannot split batches for `SyncBatchNorm`: processes that split differently '
+                 'would wait for each other for ever. Use `distrib_ctx(sync_bn=False)`.')
+
+# %% ../nbs/05_microbatch.ipynb #d215c953
+def _moments(layer, parts):
+    "Mean and variance over all items, from `(count, mean, variance)` of the parts"
+    n = sum(c for c,_,_ in parts)
+    mean = sum(m*(c/n) for c,m,_ in parts)
+    if not isinstance(layer, _BatchNorm): return mean,sum(v*(c/n) for c,_,v in parts) # a variance of each item
+    return mean,sum(v*(c-1) + (m-mean)**2*c for c,m,v in parts)/(n-1)
+
+def _move(layer, mean, var):
+    "What the layer does after a batch with this mean and variance"
+    momentum = layer.momentum or 0.
+    if isinstance(layer, _BatchNorm):
+        layer.num_batches_tracked.add_(1)
+        if layer.momentum is None: momentum = 1/layer.num_batches_tracked.item()
+    for running,new in (layer.running_mean, mean),(layer.running_var, var): running.data.lerp_(new, momentum)
 
 # %% ../nbs/05_microbatch.ipynb #82d53dc8
 class _Part:
@@ -325,7 +401,8 @@ def backward(self:_Batch, tensors, grads):
         while todo:
             got,now = _try(self.part_grads, todo[-1], inputs, grads, create, after=failed)
             if now: # nothing of it has arrived anywhere
-                failed,size = now,self.smaller(todo, now)
+                _drain()
+                failed,size = now,_smaller(self, todo, now)
                 todo = [o for part in todo for o in part.split(self.n, size)]
                 continue
             todo.pop()
@@ -388,12 +465,6 @@ def as_in_forward(self:_Batch, part):
         _set_random_states(part.random)
         yield
 
-def _modes(model): return {m: m.training for m in model.modules()}
-
-def _set_modes(modes):
-    for m,training in modes.items():
-        if m.training != training: m.training = training
-
 @contextmanager
 def _without_hooks(params):
     "They are for the whole gradient, and called when it arrives"
@@ -402,16 +473,6 @@ def _without_hooks(params):
     try: yield
     finally:
         for o,own in hooks: o.update(own)
-
-# %% ../nbs/05_microbatch.ipynb #490672f2
-@patch
-def smaller(self:_Batch, parts, failed):
-    "Half the size of the largest of the `parts`"
-    try: n = self.n
-    except (TypeError, ValueError) as e: raise e from failed
-    largest = max(len(range(n)[o.items]) for o in parts)
-    if largest > 1: return ceil(largest/2)
-    raise _OutOfMemory('One item alone does not fit in memory: `MicroBatch` has nothing left to split.') from failed
 
 # %% ../nbs/05_microbatch.ipynb #92dff00f
 class _Draws(TorchDispatchMode):
@@ -446,53 +507,3 @@ def draw(self:_Batch, whole, inputs):
     draws = _Draws(whole, self.n)
     _,failed = _try(again)
     whole.draws = draws.of if not failed else lambda part, n: nullcontext()
-
-# %% ../nbs/05_microbatch.ipynb #7dbaefdf
-class _Statistics:
-    "The running statistics of `model`, moved once, by what all parts have seen"
-    def __init__(self, model, state, several):
-        def moves(m): return isinstance(m, _NormBase) and m.training and m.running_mean is not None
-        self.layers = {m: m.momentum for m in model.modules() if several and moves(m)}
-        self.state,self.parts = state,[]
-        if dist.is_initialized() and dist.get_world_size() > 1 and any(isinstance(o, nn.SyncBatchNorm) for o in self.layers):
-            raise ValueError(_synchronised)
-
-    def __enter__(self):
-        for o in self.layers: o.momentum = 1. # so that what runs is what was seen last
-        self.hooks = [o.register_forward_hook(self.see) for o in self.layers]
-        return self
-
-    def begin(self):
-        if self.parts: self.state.load_buffers()
-        self.parts.append({o: [] for o in self.layers})
-
-    def see(self, layer, args, out):
-        n = out.numel()//out.shape[1] if isinstance(layer, _BatchNorm) else len(out)
-        self.parts[-1][layer].append((n, layer.running_mean.clone(), layer.running_var.clone()))
-
-    def __exit__(self, kind, *args):
-        for o,momentum in self.layers.items(): o.momentum = momentum
-        for o in self.hooks: o.remove()
-        if kind: return
-        self.state.load_buffers(self.layers)
-        for layer in self.layers:
-            for calls in zip(*(o[layer] for o in self.parts)): _move(layer, *_moments(layer, calls))
-
-_synchronised = ('`MicroBatch` cannot split batches for `SyncBatchNorm`: processes that split differently would wait for each '
-                 'other for ever. Use `distrib_ctx(sync_bn=False)`.')
-
-# %% ../nbs/05_microbatch.ipynb #d215c953
-def _moments(layer, parts):
-    "Mean and variance over all items, from `(count, mean, variance)` of the parts"
-    n = sum(c for c,_,_ in parts)
-    mean = sum(m*(c/n) for c,m,_ in parts)
-    if not isinstance(layer, _BatchNorm): return mean,sum(v*(c/n) for c,_,v in parts) # a variance of each item
-    return mean,sum(v*(c-1) + (m-mean)**2*c for c,m,v in parts)/(n-1)
-
-def _move(layer, mean, var):
-    "What the layer does after a batch with this mean and variance"
-    momentum = layer.momentum or 0.
-    if isinstance(layer, _BatchNorm):
-        layer.num_batches_tracked.add_(1)
-        if layer.momentum is None: momentum = 1/layer.num_batches_tracked.item()
-    for running,new in (layer.running_mean, mean),(layer.running_var, var): running.data.lerp_(new, momentum)
