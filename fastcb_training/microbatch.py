@@ -16,7 +16,7 @@ loader keeps its batch, and the batch goes through the model in *microbatches* t
    `DistributedDataParallel` a batch synchronises once.
 6. **Inputs and outputs are tensors or nests of them**, split and joined along the first dimension. What cannot be split or joined is an
    error, and so is a model that remembers the batch before (`ModelResetter`).
-7. **Where all fits it costs nothing.** Otherwise it costs one more forward pass for all microbatches but the last, at most 4/3 of the time.
+7. **Where all fits it costs nothing.** Otherwise it costs one more forward pass for all microbatches but the last, 4/3 of the time, and what small batches are slower by.
    Peak memory is that of training with the microbatch, plus the outputs, plus at most two copies of the gradients.
 
 Docs: https://fastcb.github.io/fastcb_training/microbatch.html.md"""
