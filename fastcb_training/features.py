@@ -481,6 +481,7 @@ def _n_inp(self:FeatureCache, b): return getattr(self.dls, 'n_inp', 1 if len(b) 
 @patch
 def _target_store(self:FeatureCache, loader, data): return self._targets.setdefault(loader, _Store(data.n))
 
+# %% ../nbs/07_features.ipynb #3a966ac3
 @patch
 def _lacks(self:FeatureCache, loader, data, ids):
     "The items that have to be read"
@@ -580,6 +581,7 @@ def _trust(self:FeatureCache, loader, data, ids):
         if self.training: raise
         self._whole.add(loader) # validation that differs each time is right without the cache
 
+# %% ../nbs/07_features.ipynb #efcbef34
 @patch
 def _is_still_true(self:FeatureCache, loader, data):
     "In a fit's first pass two items are computed, in each they are read"
@@ -617,6 +619,7 @@ def _look(self:FeatureCache, loader, data, ids):
     data.witness = ids[:2],tree_map(torch.clone, _rows(xb, slice(2)))
     self._trusted.add(data)
 
+# %% ../nbs/07_features.ipynb #5a6f0c91
 @patch
 def _check_rest(self:FeatureCache, xb, features):
     "Does the rest of the model give the same from the features alone?"
@@ -646,6 +649,7 @@ def _mixes(learn):
     return (f'`FeatureCache`: a callback has changed the batch before the body: {", ".join(some) or "unknown"}. '
             'What it makes is another each time: take it out, or do without the cache')
 
+# %% ../nbs/07_features.ipynb #f2796e01
 def _random_data(loader):
     pipes = [getattr(loader, o, None) for o in ('after_item', 'before_batch', 'after_batch')]
     pipes += [t.tfms for t in getattr(loader.dataset, 'tls', ())]

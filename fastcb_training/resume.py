@@ -163,7 +163,8 @@ def _set_random_state(learn, state):
         if d in state['devices']: m.set_rng_state(state['devices'][d].cpu(), *args)
 
 # %% ../nbs/02_resume.ipynb #c3e603bc
-_of_order,_of_data = ('dl', 'sampler', 'batch_sampler'),('dl', 'dataset') # where a loader's own random numbers are
+# Where a loader's own random numbers are; `FeatureCache` has the loader in `given`
+_of_order,_of_data = ('dl', 'given', 'sampler', 'batch_sampler'),('dl', 'given', 'dataset')
 
 def _loader_rngs(dl, parts):
     "The random generators in these `parts` of a loader, by their places in it"
