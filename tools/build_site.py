@@ -89,6 +89,11 @@ def link_fastai(nb):
     sub(nb, r"(fastai's (?:own )?\[`(\w+)(?:\(\))?`\])\([^)]*\)", theirs)
 
 
+def unlink_private(nb):
+    "A private name has no heading that its link could lead to"
+    sub(nb, r'\[(`(?:\w+\.)*_\w+(?:\(\))?`)\]\([^)]*\)', r'\1')
+
+
 def as_html(link):
     "The link to a notebook, as a link to its page"
     path, mark, anchor = link.partition('#')
@@ -128,7 +133,7 @@ def open_in_colab(nb, page):
     nb.cells[0].source = f'---\n{yaml.safe_dump(links, sort_keys=False, allow_unicode=True)}---\n'
 
 
-STEPS = drop_directives, close_folds, lift_headings, keep_comments, link_fastai, link_pages, plain_html, name_photos
+STEPS = drop_directives, close_folds, lift_headings, keep_comments, link_fastai, unlink_private, link_pages, plain_html, name_photos
 
 class Page(Processor):
     "All of it, after nbdev's own processors"
