@@ -31,7 +31,7 @@ from collections import Counter, OrderedDict, deque
 from contextlib import suppress
 from enum import Enum
 from fractions import Fraction
-from functools import partial, wraps
+from functools import partial
 from inspect import signature
 from math import inf
 from numbers import Real
@@ -49,13 +49,13 @@ from fastai.callback.schedule import LRFinder, ParamScheduler
 from fastai.imports import noop
 from fastai.learner import Learner, Metric
 from fastai.torch_core import get_model
-from fastcore.basics import patch, patch_to, store_attr
+from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
 from torch import distributed as dist, nn
 from torch.utils.data import Subset
 
 from . import __version__
-from .core import FirstThenLast, FitCallback, LoaderView, check, numbered_batches
+from .core import FirstThenLast, FitCallback, LoaderView, around, check, numbered_batches
 
 # %% ../nbs/02_resume.ipynb #d6706785
 class _NoData(Exception): "It can't be written as plain data"
@@ -723,14 +723,12 @@ class _Call:
     stopped = False
     def __init__(self): self.fits,self.files,self.start = [],set(),time.monotonic()
 
-_fine_tune = Learner.fine_tune
-
-@patch_to(Learner)
-@wraps(_fine_tune)
-def fine_tune(self, *args, **kwargs):
-    call = vars(self)['_call_of_fits'] = _Call()
-    try: _fine_tune(self, *args, **kwargs)
-    finally: del vars(self)['_call_of_fits']
+@around('fine_tune')
+def _call_of_fits(learn, fine_tune, *args, **kwargs):
+    outer,call = vars(learn).get('_call_of_fits'),_Call()
+    learn._call_of_fits = call
+    try: fine_tune(learn, *args, **kwargs)
+    finally: learn._call_of_fits = outer
     if not call.stopped:
         for o in call.files: _remove_files(o)
 

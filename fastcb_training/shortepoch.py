@@ -32,7 +32,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from fractions import Fraction
-from functools import partial, wraps
+from functools import partial
 from inspect import signature
 from itertools import chain, islice
 from math import ceil
@@ -56,7 +56,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import BatchSampler, DataLoader as TorchLoader, Sampler
 
-from .core import (ExactBatches, FitCallback, LoaderView, NumberedPass, check, first_batches,
+from .core import (ExactBatches, FitCallback, LoaderView, NumberedPass, around, check, first_batches,
                                   has_numbers, picked_batches)
 
 # %% ../nbs/01_shortepoch.ipynb #5d000002
@@ -395,24 +395,19 @@ def load_state_dict(self:ShortEpochCallback, state):
     self._state,self._memory,self._same = map(state.get, ('passes', 'memory', 'same'))
 
 # %% ../nbs/01_shortepoch.ipynb #5d000021
-def _dry(f):
-    "`f`, a method of the Learner that fits, which leaves nothing behind if a callback says so"
-    @wraps(f)
-    def _inner(self, *args, **kwargs):
-        call = signature(f).bind(self, *args, **kwargs)
-        given = call.arguments if 'cbs' in call.arguments else call.arguments.get('kwargs', {})
-        if given.get('cbs') is None: cbs = L()
-        else: cbs = given['cbs'] = L(given['cbs'])
-        dry = any(map(_is_dry, cbs+self.cbs)) and not any(map(_finds_lr, cbs))
-        inside = isinstance(self.path, _Aside) # a dry run
-        with _nothing_left(self, cbs) if dry and not inside else nullcontext(): return f(*call.args, **call.kwargs)
-    return _inner
+@around('fit', 'fit_one_cycle', 'fit_flat_cos', 'fit_sgdr', 'fine_tune')
+def _dry(learn, fit, *args, **kwargs):
+    "Leave nothing behind if a callback says so"
+    call = signature(fit).bind(learn, *args, **kwargs)
+    given = call.arguments if 'cbs' in call.arguments else call.arguments.get('kwargs', {})
+    if given.get('cbs') is None: cbs = L()
+    else: cbs = given['cbs'] = L(given['cbs'])
+    dry = any(map(_is_dry, cbs+learn.cbs)) and not any(map(_finds_lr, cbs))
+    inside = isinstance(learn.path, _Aside) # a dry run
+    with _nothing_left(learn, cbs) if dry and not inside else nullcontext(): return fit(*call.args, **call.kwargs)
 
 def _is_dry(cb): return isinstance(cb, ShortEpochCallback) and cb.dry_run
 def _finds_lr(cb): return cb is LRFinder or isinstance(cb, LRFinder)
-
-for _name in 'fit', 'fit_one_cycle', 'fit_flat_cos', 'fit_sgdr', 'fine_tune':
-    setattr(Learner, _name, _dry(getattr(Learner, _name)))
 
 # %% ../nbs/01_shortepoch.ipynb #5d000022
 @contextmanager
