@@ -16,33 +16,21 @@ from fastai.distributed import *
 from fastai.vision.all import *
 from fastcb_training.all import *  # after fastai's, which bear the same names
 from fastcb_training.data import digits
+from fastcb_training.playground import *
 from fastcore.script import call_parse
 from torch import distributed as dist
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn.parallel import DistributedDataParallel
 
 bs,n_acc = 16,64  # images in a batch and in a window, on each process
 on_cpu = not torch.cuda.is_available()
 
-if on_cpu:
-    def broadcast(self, t, rank):
-        "fastai's calls `.cuda()`"
-        t = LongTensor(t)
-        dist.broadcast(t, rank)
-        return t.tolist()
-    DistributedDL._broadcast = broadcast
+if on_cpu: cpu_processes()
 
 class Meter(Callback):
-    "Count what this process trains, steps and synchronises"
+    "Count what this process trains and steps"
     order,run_valid = 100,False  # after those that cancel a step
     def before_fit(self):
-        self.batches = self.items = self.steps = self.syncs = 0
+        self.batches = self.items = self.steps = 0
         self.start = time.perf_counter()
-        if isinstance(self.learn.model, DistributedDataParallel):
-            self.learn.model.register_comm_hook(None, self.hook)
-    def hook(self, _, bucket):
-        self.syncs += bucket.is_last()
-        return allreduce_hook(None, bucket)
     def before_step(self): self.steps += 1
     def after_batch(self): self.batches,self.items = self.batches+1,self.items+find_bs(self.yb)
     def after_train(self): self.seconds = time.perf_counter()-self.start
@@ -67,10 +55,10 @@ def get_learner(path, seed):
 
 def fit(path, epochs, seed, acc):
     "What this process did in a fit with `acc`, as a row"
-    learn,meter = get_learner(path, seed),Meter()
+    learn,meter,syncs = get_learner(path, seed),Meter(),Syncs()
     with learn.distrib_ctx(**(dict(cpu=True, sync_bn=False) if on_cpu else {})):
-        learn.fit(epochs, 1e-3, cbs=[acc, meter])
-    return {'batches': meter.batches, 'steps': meter.steps, 'synchronisations': meter.syncs,
+        learn.fit(epochs, 1e-3, cbs=[acc, meter, syncs])
+    return {'batches': meter.batches, 'steps': meter.steps, 'synchronisations': sum(syncs.seen),
             'items a second': round(meter.items/meter.seconds), 'weights': digest(learn.model),
             'accuracy': f'{learn.recorder.values[-1][-1]:.1%}'}
 

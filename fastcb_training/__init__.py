@@ -12,6 +12,7 @@ Modules:
 - `fastcb_training.data`: Real handwritten digits as an image folder, without a download
 - `fastcb_training.features`: What never changes is computed once: train heads on the features of a frozen body
 - `fastcb_training.microbatch`: CUDA out of memory: keep the batch you want, and send as much of it at once through the model as fits
+- `fastcb_training.playground`: What pages, tests and examples train with: a quiet fit, half precision and several processes on a CPU
 - `fastcb_training.resume`: Will my run finish? When the machine is taken away, the same call goes on where the fit was cut off, bit for bit
 - `fastcb_training.shortepoch`: Will my run finish? Fit a part of each epoch, with everything that a whole epoch has"""
 

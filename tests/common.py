@@ -16,6 +16,7 @@ from fastcb_training.accumulation import GradientAccumulation
 from fastcb_training.clip import GradientClip
 from fastcb_training.features import FeatureCache
 from fastcb_training.microbatch import MicroBatch
+from fastcb_training.playground import CpuMixedPrecision
 from fastcb_training.resume import ResumeFit
 from fastcb_training.shortepoch import ShortEpochCallback
 
@@ -158,14 +159,6 @@ def assert_same(left, expected, case=''):
 def as_new(name):
     "`fit_anew` of a new Learner with the callbacks `ours[name]`, or with none"
     return fit_anew(*frozen_learner(ours[name]() if name else None))
-
-
-class CpuMixedPrecision(MixedPrecision):
-    "fastai's callback, on a CPU"
-    def before_fit(self):
-        half = self.amp_mode == AMPMode.FP16
-        self.autocast = torch.autocast('cpu', torch.float16 if half else torch.bfloat16)
-        self.learn.scaler,self.scales = torch.amp.GradScaler('cpu', **self.kwargs),L()
 
 
 def weights(model): return torch.cat([p.detach().flatten() for p in model.parameters()])
