@@ -75,7 +75,7 @@ def around(*names):
         return f
     return _inner
 
-def _around(method, f): # holds `method` itself: a module that is loaded anew wraps once more, and a global would then be its own
+def _around(method, f): # a global would be the wrapper itself in a module that is loaded anew
     @wraps(method)
     def _inner(self, *args, **kwargs): return f(self, method, *args, **kwargs)
     return _inner
