@@ -56,7 +56,7 @@ def _broadcast(self, t, rank):
 class Syncs(Callback):
     "Record in `seen`, for each batch trained, whether it synchronised the gradients of the processes"
     order,run_valid = 100,False # after `DistributedTrainer` has wrapped the model
-    _model = None
+    def __init__(self): self.seen,self._model = [],None
     def before_fit(self):
         self.seen,model = [],self.learn.model
         if isinstance(model, DistributedDataParallel) and model is not self._model: # it takes one hook, once

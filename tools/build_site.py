@@ -12,7 +12,7 @@ from nbdev.process import Processor
 from nbdev.quarto import nbdev_docs
 from nbdev.processors import mk_cell
 
-import fastcb_training.all
+import fastcb_training.all, fastcb_training.playground
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -69,10 +69,11 @@ def without_code(source): return re.sub(r'^```.*?^```', '', source, flags=re.M |
 
 def keep_comments(nb):
     "fastcore drops the comment on `**kwargs`, which is its documentation"
+    ours = vars(fastcb_training.all) | vars(fastcb_training.playground)
     for cell in nb.cells:
         shown = re.search(r'^show_doc\((\w+)', cell.source, re.M)
-        if not shown or not hasattr(fastcb_training.all, shown[1]): continue
-        comments = re.findall(r'(\*\*\w+),? +(# .+)', inspect.getsource(getattr(fastcb_training.all, shown[1])))
+        if not shown or shown[1] not in ours: continue
+        comments = re.findall(r'(\*\*\w+),? +(# .+)', inspect.getsource(ours[shown[1]]))
         for o in cell.get('outputs', ()):
             for arg, comment in comments:
                 md = text(o.get('data', {}).get('text/markdown', ''))
