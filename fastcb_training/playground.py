@@ -39,7 +39,8 @@ class CpuMixedPrecision(MixedPrecision):
     def before_fit(self):
         half = self.amp_mode == AMPMode.FP16
         self.autocast = torch.autocast('cpu', torch.float16 if half else torch.bfloat16)
-        self.learn.scaler,self.scales = torch.amp.GradScaler('cpu', **self.kwargs),L()
+        scaler = torch.amp.GradScaler('cpu', **self.kwargs, enabled=half) # bfloat16 needs none
+        self.learn.scaler,self.scales = scaler,L()
 
 # %% ../nbs/00_playground.ipynb #884d491c
 def cpu_processes():
