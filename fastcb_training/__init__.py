@@ -1,8 +1,8 @@
 """Training callbacks for fastai that do exactly what they say
 
-Three questions of everyone who trains with fastai: *Will my run finish? My batch does not fit. Several heads, one frozen body.* For some
-of this fastai has callbacks, each with bugs that you will run into. Those here have the same names, arguments and defaults, without the
-bugs, so that you change one import. The other callbacks are new.
+Whoever trains with fastai meets three problems: *Will my run finish? My batch does not fit. Several heads, one frozen body.* fastai
+has four callbacks for them, each with bugs that you will run into. Four callbacks here have the same names, arguments and defaults,
+without the bugs: you change one import. The other three are new.
 
 Modules:
 
