@@ -40,7 +40,7 @@ class FitCallback(Callback):
         "Is a `validate` or `get_preds` running, perhaps in the middle of a fit?"
         return self.learn.lock.locked()
 
-    training = property(lambda self: self.learn.training) # which fastai asks for; `GetAttr` is slow
+    training = property(lambda self: self.learn.training) # fastai reads it in each batch; `GetAttr` is slow
 
     def before_fit(self): self._in_fit = self._in_fit and self._looking # a copy made in mid-fit says it is in one
     def before_train(self): self._begin()
@@ -59,7 +59,7 @@ class FitCallback(Callback):
             self.end_fit()
 
     def __call__(self, event):
-        "Call a handler of this class only; fastai would look on in the Learner and in the model"
+        "Call a handler of this class only; fastai would also look for one in the Learner and in the model"
         if event in vars(self) or hasattr(type(self), event): super().__call__(event)
 
     def __setattr__(self, name, value):
@@ -75,7 +75,7 @@ def around(*names):
         return f
     return _inner
 
-def _around(method, f): # a global would be the wrapper itself in a module that is loaded anew
+def _around(method, f): # in a module that is reloaded, a global `method` would be the wrapper itself
     @wraps(method)
     def _inner(self, *args, **kwargs): return f(self, method, *args, **kwargs)
     return _inner
@@ -92,7 +92,7 @@ def _whole_fit(learn, fit, *args, **kwargs):
 
 # %% ../nbs/00_core.ipynb #02db6789
 class FirstThenLast:
-    "An `order`: first until the fit has begun, then last; on the class it is the last"
+    "An `order` that is first until the fit has begun, then last; read from the class, it is last"
     def __get__(self, cb, cls): return -inf if cb is not None and not cb._in_fit else inf
 
 # %% ../nbs/00_core.ipynb #f7c11dbf
@@ -104,8 +104,8 @@ def step_params(
 
 # %% ../nbs/00_core.ipynb #d651f3a8
 class LoaderView(GetAttr):
-    "A view of `dl` with `n` batches, the first of `batches`; in all else it is `dl`"
-    _default,is_exact = 'dl',True # `is_exact`: has never more batches than its length
+    "A view of `dl` that gives the first `n` of `batches`; everything else is that of `dl`"
+    _default,is_exact = 'dl',True # `is_exact`: it never gives more batches than its length
     def __init__(self, dl, n, batches): store_attr()
     def __len__(self): return self.n
     def __iter__(self): return first_batches(self.batches, self.n)
@@ -120,12 +120,12 @@ def first_batches(
     batches,given = _pass(dl),0
     try:
         for given,b in enumerate(islice(batches, n), 1): yield b
-        if given == n and getattr(type(dl), 'is_exact', False) and len(dl) == n: next(batches, None) # it ends here
+        if given == n and getattr(type(dl), 'is_exact', False) and len(dl) == n: next(batches, None) # `dl` ends, too
     finally: batches.close()
-    if given == n and isinstance(dl, DataLoader): dl.after_iter() # it would have come with the next one
+    if given == n and isinstance(dl, DataLoader): dl.after_iter() # `dl` calls it when asked for one more
 
 def _pass(dl):
-    "A pass over `dl` that leaves no iterator on it between two batches: it could not be pickled, and others replace it"
+    "A pass over `dl`, without an iterator on `dl` between two batches: `dl` could not be pickled with it"
     owner,batches,it = _owner(dl),iter(dl),None
     while True:
         if it is not None: owner.it = it
@@ -139,7 +139,7 @@ _end = object()
 
 # %% ../nbs/00_core.ipynb #ea90ebe2
 class NumberedPass:
-    "A pass over `dl`, begun as `dl` does, of which any `batches` of indices can be loaded"
+    "A pass over `dl`, begun as `dl` begins one, of which any batches can be loaded by their indices"
     def __init__(self, dl,
         state=None, # `batches,seed` of another pass over `dl`, perhaps in another process, to go on with
     ):
@@ -232,7 +232,7 @@ def picked_batches(
 
 # %% ../nbs/00_core.ipynb #5b0e1c12
 class ExactBatches:
-    "An iterator of `batches`, of which there are `n`"
+    "An iterator over `batches`, whose length is `n`"
     is_exact = True
     def __init__(self, n, batches): store_attr()
     def __len__(self): return self.n
@@ -242,7 +242,7 @@ class ExactBatches:
 # %% ../nbs/00_core.ipynb #5b0e1c11
 def numbered_batches(
     dl, # A loader of fastai's or PyTorch's, or a view of one
-    numbers:Iterable, # Numbers of batches in a pass over `dl`, rising
+    numbers:Iterable, # Numbers of batches in a pass over `dl`, in rising order
     ready:Callable=None, # Called when the order is drawn, before the first batch is loaded
 ): # The batches, loaded as they are asked for; None if `dl` has no numbers
     "One pass over `dl` that loads only the batches of these `numbers`"
@@ -255,11 +255,11 @@ def numbered_batches(
 def check(
     name:str, # The argument's name
     value, # What was given
-    types:type|tuple, # Its types; a bool counts as a number only where `bool` is asked for
+    types:type|tuple, # The types allowed; a bool is refused unless `types` is `bool`
     allowed:str, # What is allowed, in words
-    ok:Callable=lambda value: True, # Of these types, is `value` allowed?
+    ok:Callable=lambda value: True, # Is a `value` of these types allowed?
 ): # `value`
-    "`value`, or a `TypeError` if it is none of `types`, or a `ValueError` if it is not `ok`"
+    "Return `value`; raise a `TypeError` if it is none of `types`, or a `ValueError` if it is not `ok`"
     def refusal(more=''): return f'`{name}` has to be {allowed}, not {truncstr(repr(value), 80)}{more}'
     if not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
         raise TypeError(refusal(f', which is a {type(value).__name__}'))
@@ -272,7 +272,7 @@ def check_amount(
     value, # A number, or a tensor that holds one
     zero:bool=False, # Is 0 allowed?
 )->float: # The number
-    "`value` as a finite number above 0, or 0 where that is allowed; otherwise a `TypeError` or a `ValueError`"
+    "Return `value` as a finite number above 0, or 0 where that is allowed; otherwise raise as `check` does"
     number = value.item() if getattr(value, 'ndim', None) == 0 else value
     return check(name, number, Real, 'a finite number, 0 or above' if zero else 'a finite number above 0',
                  lambda o: isfinite(o) and (o > 0 or zero and o == 0))
