@@ -1,13 +1,13 @@
 """Real handwritten digits as an image folder, without a download
 
 A page, an example or a test that trains on random numbers shows that the code runs, not that it works. A download is slow, and
-on a closed network there is none. scikit-learn, which fastai installs, carries
+impossible on a closed network. scikit-learn, which fastai installs, has
 [1,797 handwritten digits](https://scikit-learn.org/stable/datasets/toy_dataset.html#optical-recognition-of-handwritten-digits-dataset)
-of 8 by 8 pixels, by 13 people. `digits` writes them as the kind of folder that fastai users know, one subfolder a class:
+of 8 by 8 pixels, written by 13 people. `digits` saves them as the image folder that fastai users know, with one subfolder a class:
 
-1. It returns the path of a folder `<class>/<number>.png`, RGB, for `ImageDataLoaders.from_folder`. `<number>` is the image's
-   place in scikit-learn's data set.
-2. The folder is written once and found again the next time. Each choice of classes and size has its own.
+1. It returns the path of a folder `<class>/<number>.png`, RGB, for `ImageDataLoaders.from_folder`. `<number>` is the image's place in
+   scikit-learn's data set.
+2. The folder is written once and found again the next time. Each choice of classes and size has a folder of its own.
 3. It is complete or not there: an interrupt, a full disk or two processes at once leave no half folder.
 4. A class that does not exist or a size that is no positive whole number is refused.
 

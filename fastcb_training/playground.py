@@ -1,8 +1,7 @@
 """What pages, tests and examples train with: a quiet fit, half precision and several processes on a CPU
 
-To show what a callback does, a page needs a fit without a table, and what a GPU or several processes would do where there are none.
-These helpers are for that, and for experiments of your own; training needs none of them. The images are on the
-[page of the data](00_data.ipynb).
+To show what a callback does, a page needs a fit without a table, and half precision and several processes on a CPU. These helpers
+give both, to tests and to your own experiments, too; training needs none of them. The images come from [`digits`](00_data.ipynb).
 
 Docs: https://fastcb.github.io/fastcb_training/playground.html.md"""
 
