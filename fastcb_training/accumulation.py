@@ -1,32 +1,31 @@
 """My batch does not fit: train as if it did. The gradient of every step is the gradient of the big batch
 
 A batch of 256 runs out of memory on your GPU, but batches of 16 fit. Gradients add up in PyTorch until they are set to zero, so 16 small
-batches can give the gradient of the big one, if each has its weight. fastai's own class is up to twice as large, and more where one batch
-exceeds `n_acc`; it leaks into the next fit, and fails for a loss with a square root. Here:
+batches can give the gradient of the big one, if each has the right weight. With fastai's `GradientAccumulation` the gradient is up to twice the right one, and more where one batch exceeds `n_acc`; it leaks into the next fit, and a loss with a square root fails. Here:
 
-1. **A *window* is the batches from one optimizer step to the next.** It closes with the batch that brings its items to `n_acc` or more. The
-   gradient that any callback's `before_step` sees, once a window and at whatever order, is that of the loss over the window's items as one
+1. **A *window* is the batches from one optimizer step to the next.** It closes with the batch that brings its items to `n_acc` or more.
+   Every callback's `before_step`, at any order, is called once a window, and sees the gradient of the loss over the window's items as one
    batch, whatever the batch sizes: `Σ countᵢ·gradᵢ / Σ countᵢ` for a mean loss, `Σ gradᵢ` for a loss that sums. A window of one batch is
    bit for bit the plain step.
-2. **`count(yb)` says how many items a batch has**, given the targets that the loss has seen, whichever callback made them. Items by
-   default; `lambda yb: (yb[0] != -100).sum()` weights by unmasked tokens or pixels; `lambda yb: 1` counts batches. A batch that counts 0
-   leaves the gradients, and the recorder's loss, as they are. `reduction='mean'` or `'sum'` says how the loss adds up where it has no
-   `reduction` of its own.
-3. **`n_acc` may be a function of `pct_train`**, fastai's own schedules included. It is called once, when a window opens.
+2. **`count(yb)` says how many items a batch has**, given the targets that the loss has seen, whichever callback made them. The default
+   counts items; `lambda yb: (yb[0] != -100).sum()` counts unmasked tokens or pixels; `lambda yb: 1` counts batches. A batch that counts 0
+   leaves the gradients, and the recorder's loss, as they are. `reduction='mean'` or `'sum'` says how a loss without a `reduction`
+   attribute combines its items.
+3. **`n_acc` may be a function of `pct_train`**, such as fastai's schedules. It is called once a window, when the window opens.
 4. **An unfinished window continues in the next epoch** of the same fit. `flush=True` closes it at the end of each epoch instead, with the
-   right scale. At the end of the fit, what is unfinished is dropped. A fit that ends without a single step warns, once.
-5. **No gradient enters or leaves a fit**: not after an unfinished window, a cancel, an error or an interrupt, nor from a frozen fit into the
-   next.
+   right scale. At the end of the fit, an unfinished window is dropped. A fit that ends without a single step warns, once.
+5. **No gradient enters or leaves a fit**: not after an unfinished window, a cancel, an error or an interrupt, nor from a frozen fit into
+   the next.
 6. **Any differentiable loss works**, and any backward pass: the loss may be scaled or replaced, and other callbacks may call `backward`
-   too. What can't be weighted any more is refused. The loss that is logged is the batch's own.
+   too. A backward pass that can no longer be weighted is refused. The loss that is logged is the batch's own.
 7. **Under `DistributedDataParallel` only the closing batch synchronises gradients.** `n_acc` counts items per process. Processes add up
-   their counts, so that all close at once: one number a batch, and for the default `count` one only where a window may close. As always
-   with DDP, gradients are averaged over processes, even for a loss that sums.
-8. **With `MixedPrecision` the scaler steps, and with `GradientClip` the norm is taken, once a window**, on the whole gradient. The learning
-   rate finder makes a point a window, and finds the big batch's rate.
-9. **It costs one fused pass over the gradients a window** of several batches, and one more for a batch that counts other than the one
-   before it; a window of one batch costs none. Gradients gather in the parameters' own type: with bfloat16 parameters, small ones get lost
-   beside a large sum.
+   their counts, so that all close their windows at once: one small `all_reduce` a batch, and with the default `count` only where a window
+   may close. As always with DDP, gradients are averaged over processes, even for a loss that sums.
+8. **Once a window, on the whole gradient**, the scaler of `MixedPrecision` steps and `GradientClip` takes the norm. The learning rate
+   finder (`lr_find`) records a point a window, and finds the rate for the big batch.
+9. **It costs one fused pass over the gradients a window** of several batches, and one more for a batch whose count differs from that of
+   the one before; a window of one batch costs none. Gradients gather in the parameters' own dtype: with bfloat16 parameters, small ones
+   get lost beside a large sum.
 
 Docs: https://fastcb.github.io/fastcb_training/accumulation.html.md"""
 
@@ -78,26 +77,26 @@ class _Window:
         self.unit = unit
 
     def closes(self, items):
-        "Is the window whole with so many? Sums of floats are less by some 1e-16 of them"
+        "Is the window complete with `items`? A sum of floats may fall short by rounding"
         return items > 0 and (self.ends or items*(1+1e-12) >= self.size)
 
 # %% ../nbs/03_accumulation.ipynb #518e4f8e
 class _Processes:
     "What the processes of a `DistributedDataParallel` model do together; one process has nothing to do"
-    ddp,n = None,1 # the model, if it is one, and the number of processes
-    total,waits = None,False # of this batch: items over all, if they asked; does its backward pass wait for the others?
+    ddp,n = None,1 # the distributed model, if there is one, and the number of processes
+    total,waits = None,False # this batch: items of all processes, if exchanged; does `backward` synchronise?
 
     def __init__(self, model):
         self.ddp = first(model.modules(), lambda m: isinstance(m, DistributedDataParallel))
         if self.ddp is None: return
         self.n,self.found = dist.get_world_size(self.ddp.process_group),self.ddp.require_backward_grad_sync
-        self.items,self.batches,self.most = 0.,0,inf # own, since they asked each other; largest sum of a batch
+        self.items,self.batches,self.most = 0.,0,inf # own, since the last exchange; the most items of a batch
         self.begins = self.ddp.static_graph # such a model learns its graph in a first pass that synchronises
 
 # %% ../nbs/03_accumulation.ipynb #746827cc
 @patch
 def agree(self:_Processes, window, count, most):
-    "Before the forward pass, in which the model asks: does this batch close the window?"
+    "Does this batch close the window? The model has to know in its forward pass"
     self.batches += 1
     self.total,self.waits = None,False
     if self.begins or window.closes(window.items+self.batches*self.most):
@@ -108,7 +107,7 @@ def agree(self:_Processes, window, count, most):
 
 @patch
 def exchange(self:_Processes, window, count, most):
-    "Add up what each has gathered, the items of this batch, and the most that a batch can have"
+    "Add up over the processes: items gathered, items of this batch, and the most that a batch can have"
     numbers = torch.tensor([self.items, count, most], dtype=torch.float64, device=self.ddp.device)
     items,self.total,self.most = self.add_up(numbers).tolist()
     window.items,self.items,self.batches = window.items+items,0.,0
@@ -137,7 +136,7 @@ def unit(self:_Processes, window, count):
 
 @patch
 def count_in(self:_Processes, window, count):
-    "The gradient of a batch has arrived"
+    "Count a batch whose gradient has arrived"
     if self.ddp is None: window.items += count
     elif self.total is None: self.items += count
     else: window.items += self.total
@@ -234,9 +233,9 @@ def _gather(self:GradientAccumulation, count, unit):
     window.measure(unit)
     before = _marks(window.params)
     weight = 1 if window.adds_up or not count else count/unit # other than 1 where processes count differently
-    if not count: learn.loss_grad = sum(o.sum() for o in _find_tensors(learn.pred))*0 # the others wait
+    if not count: learn.loss_grad = sum(o.sum() for o in _find_tensors(learn.pred))*0 # the other processes wait
     def backward():
-        "Differentiate what the others have made of the loss"
+        "Differentiate what other callbacks have made of the loss"
         nonlocal weight
         loss = learn.loss_grad
         if weight != 1: learn.loss_grad,weight = loss*weight,1
@@ -288,7 +287,7 @@ def _leave_no_trace(self:GradientAccumulation):
 
 # %% ../nbs/03_accumulation.ipynb #1bda4aee
 def _adds_up(loss_func):
-    "Is it a sum?"
+    "Does the loss sum its items?"
     loss_func = getattr(getattr(loss_func, '__self__', None), 'old_lf', loss_func)
     if not isinstance(loss_func, partial): return getattr(loss_func, 'reduction', 'mean') == 'sum'
     if 'reduction' in loss_func.keywords: return loss_func.keywords['reduction'] == 'sum'
