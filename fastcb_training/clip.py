@@ -1,16 +1,17 @@
 """My loss explodes or turns NaN: clip the norm of the whole gradient, see the norm of every step, skip what is not finite
 
-One gradient that is too long can throw the weights away: the loss explodes or turns NaN.
-[Clipping](https://arxiv.org/abs/1211.5063) makes such a gradient shorter and keeps its direction. fastai's `GradientClip` throws
-away the norm that it has measured, and makes *all* parameters NaN when a single gradient is infinite. Here:
+One step with too large a gradient can ruin the weights: the loss explodes or turns NaN.
+[Clipping](https://arxiv.org/abs/1211.5063) makes such a gradient shorter and keeps its direction. fastai's `GradientClip` forgets
+the norm that it has measured, and makes *all* parameters NaN when a single gradient is infinite. Here:
 
-1. **The gradient that is clipped is the one that the optimizer steps with**: unscaled, of the whole window, and each parameter once,
-   in however many parameter groups it is.
-2. **`norm` is the last norm, and `norms` has those of all steps of the last fit**, before clipping. Keeping them never waits for the
-   GPU. `plot_norms()` shows which steps were clipped or skipped, and `metric` makes the mean of an epoch a column of its row.
+1. **The gradient that is clipped is the one that the optimizer steps with**: unscaled, of the whole window, with each parameter
+   counted once, however many parameter groups it is in.
+2. **`norm` is the last norm, and `norms` has those of all steps of the last fit**, before clipping. Keeping them never waits for
+   the GPU. `plot_norms()` shows which steps were clipped or skipped, and `metric` shows an epoch's mean norm as a column of its
+   row.
 3. **A norm that is not finite skips the step** and warns once a fit (`nonfinite='skip'`), raises (`'raise'`), or is left to torch
-   (`'ignore'`). `skipped` counts the skipped steps, including those that the scaler of mixed precision skips, and a fit that warned
-   says the number at its end.
+   (`'ignore'`). `skipped` counts the skipped steps, including those that the scaler of mixed precision skips, and a fit that
+   warned prints the number at its end.
 
 Docs: https://fastcb.github.io/fastcb_training/clip.html.md"""
 
@@ -87,13 +88,13 @@ def norm(self:GradientClip):
 
 @patch(as_prop=True)
 def skipped(self:GradientClip):
-    "How many steps of the last fit were skipped, as their norm was not finite"
+    "How many steps of the last fit were skipped because their norm was not finite"
     return self._skipped
 
 # %% ../nbs/04_clip.ipynb #db781ae6
 @torch.no_grad()
 def _clip_halves(params, max_norm, norm_type):
-    "As `clip_grad_norm_`, with norms in float32 where it has float16"
+    "As `clip_grad_norm_`, with the norms of float16 gradients taken in float32"
     grads = [p.grad for p in params if p.grad is not None]
     if not grads: return torch.tensor(0.)
     wide = {torch.float16: torch.float32}
