@@ -1,24 +1,24 @@
 """Freeze batchnorm, weights and all the rest of a body to the last bit, so that it can carry several heads
 
-How do you freeze batchnorm, and the rest of a pretrained body? `Learner.freeze()` alone leaves much of it moving: batchnorm
-layers go on learning running statistics, weight decay and momentum go on moving weights that were trained in the same process,
-and dropout goes on. fastai's `BnFreeze` holds some of the batchnorm layers, until something calls `model.train()`. With this
+How do you freeze batchnorm, and the rest of a pretrained body? After `Learner.freeze()` much of it still changes: batchnorm
+layers update their running statistics, weight decay and momentum move weights that were trained before in the same process, and
+dropout stays on. fastai's `BnFreeze` holds some of the batchnorm layers, until something calls `model.train()`. With this
 `BnFreeze` frozen is frozen, so that one body serves many heads:
 
-1. **A batchnorm layer is frozen if none of its own parameters can be trained.** A layer without parameters (`affine=False`) goes
-   with the nearest enclosing module that has some. `only_frozen=False` takes every batchnorm layer, trainable or not, and `part`,
-   a function of the model, says to which part of it all this applies.
-2. **All kinds, at any depth**: `BatchNorm1d/2d/3d`, `SyncBatchNorm`, the lazy ones, `InstanceNorm` that keeps statistics, any other
-   layer with a `running_...` buffer, those inside a scripted or extracted body, and the module itself. `use_eval=False` puts the
-   same layers back in training mode.
-3. **`BnFreeze` holds those layers bit for bit through a fit** (mean, variance, batch counter), whatever calls `model.train()`, and
-   whenever, also to run the model between batches. Any other buffer of the frozen part that moves in a batch is put back and
-   named in a warning. Layers that train keep on training. Neither the optimizer nor the keys of `state_dict` change.
-4. **A frozen parameter keeps its value**, whatever its gradient or the optimizer's state still holds from a time when it was trained.
-5. **It looks at what is frozen when a fit begins and whenever that has changed**, in mid-epoch too.
-6. **`all_layers=True` puts every frozen part in eval mode whole**: no dropout, no drop path, no power iteration of a spectral norm.
-   Then the body gives in training what it gives in service.
-7. **It warns, once a fit, where batchnorm layers train in a frozen part**, and names `train_bn=False`, which was forgotten.
+1. **A batchnorm layer is frozen if none of its own parameters requires grad.** A layer without parameters (`affine=False`)
+   follows the nearest enclosing module that has some. `only_frozen=False` holds every batchnorm layer, trainable or not, and
+   `part`, a function of the model, limits all this to a part of it.
+2. **All kinds, at any depth**: `BatchNorm1d/2d/3d`, `SyncBatchNorm`, the lazy ones, `InstanceNorm` that keeps statistics, any
+   other layer with a `running_...` buffer, those inside a scripted or extracted body, and the module itself. `use_eval=False`
+   puts the same layers back in training mode.
+3. **`BnFreeze` holds those layers bit for bit through a fit** (mean, variance, batch counter), whatever calls `model.train()`,
+   and whenever, even to run the model between batches. If another buffer of the frozen part changes in a batch, it is put back
+   and named in a warning. Layers that train are not affected. Neither the optimizer nor the keys of `state_dict` change.
+4. **A frozen parameter keeps its value**, whatever its gradient and the optimizer's state still hold from when it was trained.
+5. **It looks at what is frozen when a fit begins, and again after each change**, in mid-epoch too.
+6. **`all_layers=True` puts every frozen part in eval mode whole**: no dropout, no drop path, no power iteration of a spectral
+   norm. Then the body gives the same output in training as in inference.
+7. **It warns, once a fit, if batchnorm layers train in a frozen part**, and says that `train_bn=False` was forgotten.
 
 Docs: https://fastcb.github.io/fastcb_training/bnfreeze.html.md"""
 
@@ -89,7 +89,7 @@ def set_bn_eval(
     *,
     only_frozen:bool=True, # Frozen layers only; False: every batchnorm layer
 )->None:
-    "Set the frozen batchnorm layers in `m` to eval mode, where their statistics stay"
+    "Set the frozen batchnorm layers in `m` to eval mode, in which their statistics do not change"
     check('m', m, nn.Module, 'a module')
     check('use_eval', use_eval, bool, 'True or False')
     modules,frozen = _survey(m)
@@ -104,7 +104,7 @@ def _set_mode(m, training):
 
 # %% ../nbs/06_bnfreeze.ipynb #bnfh0002
 class _Held:
-    "Stands in for the `train` of a module that stays in eval mode; knows the mode that it would be in"
+    "Replaces the `train` of a module that stays in eval mode; remembers the mode that it would be in"
     def __init__(self, m):
         self.m,self.mode,self.holders = m,getattr(m, 'training', False),0
         self.ours = dict(train=self, __getstate__=self.state)
@@ -125,7 +125,7 @@ class _Held:
         finally: vars(self.m).update(self.ours)
 
     def __call__(self, mode=True):
-        "What `train` does, but for the module's own mode"
+        "Do what `train` does, but keep the module itself in eval mode"
         with self.off() as m:
             m.train(mode)
             self.mode = m.training
@@ -135,12 +135,12 @@ class _Held:
 # %% ../nbs/06_bnfreeze.ipynb #bnfh0004
 @patch
 def state(self:_Held):
-    "For `copy` and `pickle`: the module as it would be"
+    "For `copy` and `pickle`: the state of the module as if it were not held"
     with self.off() as m: return {**getattr(m, '__getstate__', vars(m).copy)(), 'training': self.mode}
 
 @patch
 def copy(self:_Held, memo):
-    "For `deepcopy` of a module that has its own way"
+    "For `deepcopy` of a module with a `__deepcopy__` of its own"
     with self.off() as m: copied = m.__deepcopy__(memo)
     if self.mode: _set_mode(copied, True)
     return copied
@@ -173,8 +173,8 @@ class BnFreeze(FitCallback):
         *,
         only_frozen:bool=True, # Hold frozen layers only; False: every batchnorm layer
         all_layers:bool=False, # Hold layers of all kinds in eval mode, such as dropout, not batchnorm alone
-        part:Callable|None=None, # The part of the model to look at, such as `lambda m: m[0]`; None: the whole
-        **events, # Functions for fastai's events, such as `before_fit=...`; called after what happens here
+        part:Callable|None=None, # Gives the part of the model to look at, such as `lambda m: m[0]`; None: the whole
+        **events, # Functions for fastai's events, such as `before_fit=...`; called after the class's own handlers
     ):
         super().__init__()
         self.only_frozen = check('only_frozen', only_frozen, bool, 'True or False')
@@ -206,7 +206,7 @@ def _follow(opt):
 # %% ../nbs/06_bnfreeze.ipynb #bnf00033
 @patch
 def _note_buffers(self:BnFreeze, modules):
-    "Note the values that are to stay; of batchnorm layers that are held that is known"
+    "Copy the buffers that should stay, but for those of held batchnorm layers, which stay anyway"
     def known(m): return m in self._held and getattr(type(m), 'forward', None) is _BatchNorm.forward
     def noted(name): return self._was.get(name, (None,))
     found = {f'{name}.{k}': (m, k, b) for name,m in modules.items() if m._buffers and not known(m)
@@ -221,7 +221,7 @@ def _same(a, b):
 @patch
 @torch.no_grad()
 def _put_back(self:BnFreeze):
-    "Put back what moved although it is held; only that is looked at from now on"
+    "Put back the buffers that moved nevertheless; compare only these from now on"
     moved = {name: (m, k, was) for name,(m,k,was) in self._was.items() if not _same(m._buffers[k], was)}
     for m,k,was in moved.values():
         if m._buffers[k].shape == was.shape: m._buffers[k].copy_(was)
@@ -231,7 +231,7 @@ def _put_back(self:BnFreeze):
 
 # %% ../nbs/06_bnfreeze.ipynb #bnf00028
 def _unwrapped(model):
-    "The model inside of what `distrib_ctx`, `torch.compile` and `DataParallel` make of it"
+    "The model inside the wrappers of `distrib_ctx`, `torch.compile` and `DataParallel`"
     inner = getattr(get_model(model), '_orig_mod', get_model(model))
     return model if inner is model else _unwrapped(inner)
 
@@ -284,7 +284,7 @@ def _warn_moved(self:BnFreeze, moved):
 # %% ../nbs/06_bnfreeze.ipynb #06982ba2
 @patch
 def before_fit(self:BnFreeze):
-    if not self._looking: self._begin() # `before_train` would be late: what comes before it may run the model
+    if not self._looking: self._begin() # `before_train` would be too late: callbacks may run the model before it
 
 @patch
 def start_fit(self:BnFreeze):
