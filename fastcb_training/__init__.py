@@ -1,8 +1,8 @@
 """Training callbacks for fastai that do exactly what they say
 
-Whoever trains with fastai meets three problems: *Will my run finish? My batch does not fit. Several heads, one frozen body.* fastai
-has four callbacks for them, each with bugs that you will run into. Four callbacks here have the same names, arguments and defaults,
-without the bugs: you change one import. The other three are new.
+If you train with fastai, you meet three problems: *Will my run finish? My batch does not fit. Several heads, one frozen body.* fastai
+has four callbacks for them, each with bugs that you will run into. Ours have the same names, arguments and defaults, without the
+bugs: you change one import. Three more are new.
 
 Modules:
 

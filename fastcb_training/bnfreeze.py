@@ -270,16 +270,16 @@ def _warn_forgotten(self:BnFreeze):
     n = len(_bn_layers(but_for_norms).keys() - frozen)
     layers,trains,them = ('layer','trains','it') if n == 1 else ('layers','train','them')
     if n: self.warn_once(f'{n} batchnorm {layers} of the frozen part {trains}, '
-                         'so `BnFreeze` lets the statistics go on. '
+                         'so `BnFreeze` does not hold the statistics there. '
                          f'Make the Learner with `train_bn=False` to freeze {them} too.')
 
 @patch
 def _warn_moved(self:BnFreeze, moved):
     held = all(m in self._held or type(m) is nn.Module for m,_,_ in moved.values())
     shown = ', '.join(f'`{o}`' for o in [*moved][:5]) + ', ...'*(len(moved) > 5)
-    why = 'The forward pass does not heed eval mode.' if held else 'With `all_layers=True` it may keep still.'
-    self.warn_once(f'Nothing trains in the frozen part, but {shown} moved. '
-                   f'`BnFreeze` puts back the value at each step. {why}')
+    why = 'The forward pass ignores eval mode.' if held else '`all_layers=True` may prevent that.'
+    self.warn_once(f'Nothing trains in the frozen part, but {shown} changed. '
+                   f'`BnFreeze` restores the value before each step. {why}')
 
 # %% ../nbs/06_bnfreeze.ipynb #06982ba2
 @patch

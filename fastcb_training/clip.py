@@ -116,7 +116,7 @@ def _measure(self:GradientClip):
 
 @patch(as_prop=True)
 def _now(self:GradientClip):
-    "Which step it is; what is left of a window may be stepped after the last batch"
+    "What identifies a step; `flush` may add one after the last batch"
     return [vars(self.learn).get(o) for o in ('train_iter', 'iter')]
 
 # %% ../nbs/04_clip.ipynb #4930178f
