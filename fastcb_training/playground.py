@@ -1,7 +1,7 @@
 """What pages, tests and examples train with: a quiet fit, half precision and several processes on a CPU
 
 To show what a callback does, a page needs a fit without a table, and half precision and several processes on a CPU. These helpers
-give both, to tests and to your own experiments, too; training needs none of them. The images come from [`digits`](00_data.ipynb).
+give both, to tests and to your own experiments, too; training needs none of them. The images come from `digits`.
 
 Docs: https://fastcb.github.io/fastcb_training/playground.html.md"""
 
