@@ -6,7 +6,6 @@ such as 'here, 8', what follows the comma is a setting of its process. Each proc
 """
 import os, resource, shutil, sys, time
 from collections.abc import Callable
-from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -64,7 +63,7 @@ def case(title, variants, *goals, sessions=1, turns=1, minutes=2, n_proc=1, env=
 
 def train(variant, *args, window, bs, **kwargs):
     "Train as `variant` does, in windows of `window` items from batches of `bs`"
-    peers.peers[variant](*args, window=window, k=-(-window//bs), **kwargs)
+    (peers.peers | dict(Learner=peers.bare_learner))[variant](*args, window=window, k=-(-window//bs), **kwargs)
 
 def loader(data, bs): return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), bs)
 
@@ -170,9 +169,11 @@ def overhead(variant, quick, device='cpu', precision=None):
 # glibc gives memory back after a batch and fetches it again, more in one process than in the next; here it keeps it
 keep_memory = dict.fromkeys(('MALLOC_MMAP_THRESHOLD_', 'MALLOC_TRIM_THRESHOLD_'), str(2**32))
 
-@case('Throughput: accumulation, resnet18 at 32 pixels, batches of 16, windows of 64', peers.peers,
+@case('Throughput: accumulation, resnet18 at 32 pixels, batches of 16, windows of 64', (*peers.peers, 'Learner'),
       Goal('items a second with accumulation, in parts of a plain loop', 'at least', .98, 'items a second',
            to='plain loop', peers=['fastai', 'Lightning', 'Accelerate'], limit='plain loop'),
+      Goal("items a second with accumulation, in parts of fastai's Learner without a callback", 'at least', 1,
+           'items a second', to='Learner', peers=['fastai'], limit='Learner'),
       sessions=2, turns=8, minutes=4, env=keep_memory)
 def throughput(variant, quick, device='cpu', precision=None):
     model,data = resnet(device),pictures(64*(2 if quick else 16), device=device)
@@ -255,50 +256,58 @@ def short_epochs(variant, quick):
     return turn
 
 
-@case("Learner: a batch of a tiny model, with less and less of what fastai's Learner does", ('Learner',), sessions=3, turns=8)
-def learner(variant, quick):
-    from fastai.basics import CancelBatchException, DataLoaders, Learner, OptimWrapper, Recorder
+@case('Own time: what a batch costs beside model, loss, backward pass, optimizer and loader; training as in throughput',
+      (*peers.peers, 'Learner'), sessions=2, turns=8, minutes=3, env=keep_memory)
+def own_time(variant, quick):
+    if variant != 'Learner': settings = {'as in throughput': partial(peers.peers[variant], window=64)}
+    else: settings = {name: partial(peers.bare_learner, **kwargs) for name,kwargs in learner_settings().items()}
+    model,data = resnet(),pictures(64*(2 if quick else 4))
+    work = Work(model)
+    def turn():
+        for name,f in settings.items():
+            marks = []
+            opt = peers.Noting(model.parameters(), 1e-3, lambda: marks.append((time.perf_counter(), work.seconds)))
+            opt.step_alone,opt.zero_grad = work.timed(opt.step_alone),work.timed(opt.zero_grad)
+            f(model, loader(data, 16), work.loss_func, opt, k=4)
+            (start,begun),*_,(end,done) = marks
+            yield (end-start-(done-begun))/(4*(len(marks)-1))*1e6, 'µs a batch', dict(setting=name)
+    list(turn()) # warms up
+    return turn
+
+class Work:
+    "Adds up the time of what any training does"
+    def __init__(self, model):
+        from torch.utils.data import dataloader
+        self.seconds,self.loss_func = 0,nn.CrossEntropyLoss()
+        for o,name in ((model, 'forward'), (self.loss_func, 'forward'), (torch.Tensor, 'backward'),
+                       (dataloader._BaseDataLoaderIter, '__next__')): setattr(o, name, self.timed(getattr(o, name)))
+
+    def timed(self, f):
+        def _inner(*args, **kwargs):
+            start = time.perf_counter()
+            try: return f(*args, **kwargs)
+            finally: self.seconds += time.perf_counter()-start
+        return _inner
+
+def learner_settings():
+    "fastai's Learner as it comes, and with less and less of it: what follows a name is without it, and without those above"
+    from fastai.basics import Learner, Recorder
     from fastai.callback.all import event
-    batches = [(torch.randn(16, 2), torch.randn(16, 1))]*(100 if quick else 400)
     class NoDevice(Learner):
         def _set_device(self, b): return b
-    class NoClone(NoDevice):
+    class NoCopy(NoDevice):
         def _do_one_batch(self):
             self.pred = self.model(*self.xb)
             self('after_pred')
             self.loss = self.loss_grad = self.loss_func(self.pred, *self.yb)
             self('after_loss')
-            self._do_grad_opt()
-    class NoEvents(NoClone):
+            if self.training: self._do_grad_opt()
+    class NoEvents(NoCopy):
         def __call__(self, name):
-            if name not in of_a_batch: super().__call__(name)
-    class Loop(NoEvents):
-        "What is left is a plain loop"
-        def all_batches(self):
-            if self.training: plain(self.model, self.opt.opt)
-    of_a_batch = {o for o in vars(event) if o.endswith(('_batch', '_pred', '_loss', '_backward', '_step'))}
-    loss_func = nn.MSELoss()
-    def plain(model, opt):
-        for x,y in batches:
-            loss_func(model(x), y).backward()
-            opt.step()
-            opt.zero_grad()
-    def make(kind, *less):
-        model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
-        sgd = torch.optim.SGD(model.parameters(), 1e-3)
-        return kind(DataLoaders(batches, []), model, loss_func, opt_func=lambda *_, **__: OptimWrapper(opt=sgd)
-                    ).remove_cbs(less)
-    bar = 'as it comes'
-    learners = {bar: make(Learner), 'the progress bar': make(Learner), 'the Recorder': make(Learner, Recorder),
-                '`to_device`': make(NoDevice, Recorder), 'the copy of the loss': make(NoClone, Recorder),
-                'the events of a batch': make(NoEvents, Recorder), 'its other lines': make(Loop, Recorder)}
-    def turn():
-        for i,(name,learn) in enumerate(learners.items()):
-            with nullcontext() if name == bar else learn.no_bar(), learn.no_logging():
-                if not i: learn.fit(1) # after the turns of the others the first fit is slow
-                yield seconds(learn.fit, 1)/len(batches)*1e6, 'µs a batch', dict(without=name)
-    list(turn()) # warms up
-    return turn
+            if not name.endswith(('_batch', '_pred', '_loss', '_backward', '_step')): super().__call__(name)
+    return {'the Learner as it comes': dict(bar=True), 'the progress bar': {}, 'the Recorder': dict(less=[Recorder]),
+            'to_device': dict(less=[Recorder], kind=NoDevice), 'the copy of the loss': dict(less=[Recorder], kind=NoCopy),
+            'the events of a batch': dict(less=[Recorder], kind=NoEvents)}
 
 
 @case('Processes: two of them, 4 million parameters, batches of 8 in windows of 64', ('here', 'fastai', 'Accelerate'),
@@ -533,9 +542,12 @@ def features(variant, quick):
                 far = max((a-b).abs().max().item() for a,b in zip(weights, torch.load(file), strict=True))
                 yield far, 'difference of a weight', at
         if variant == 'limit': return
-        took,start = seconds(through_body, learns[0]),time.perf_counter()
-        fit(learns[0], 1, *cbs, first := First())
-        yield 100*(first.at-start)/took, "% of the body's pass", {}
+        took = seconds(through_body, learns[0])
+        def start():
+            before = time.perf_counter()
+            fit(learns[0], 1, *cbs, first := First())
+            return first.at-before
+        yield 100*median(start() for _ in range(3))/took, "% of the body's pass", {}
     return turn
 
 def folder():

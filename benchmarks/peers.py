@@ -19,7 +19,9 @@ class Noting(torch.optim.SGD):
     def step(self, closure=None):
         if closure: closure() # Lightning's has the backward pass in it
         self.note()
-        super().step()
+        self.step_alone()
+
+    def step_alone(self): super().step()
 
 
 def loop(model, loader, loss_func, opt, k, n_epoch=1, precision=None, **_):
@@ -64,30 +66,42 @@ def lightning(model, loader, loss_func, opt, k, n_epoch=1, precision=None, **_):
               ).fit(Module(), loader)
 
 
-def learner(accumulation, model, loader, loss_func, opt, precision=None, wrapped=None, ctx=nullcontext, n_epoch=1, **_):
-    "fastai's Learner, quiet, with the callback that accumulates"
+def learner(accumulation, model, loader, loss_func, opt, precision=None, wrapped=None, ctx=nullcontext, n_epoch=1,
+            kind=None, less=(), bar=False, **_):
+    "fastai's Learner, quiet, with the callback that accumulates; or another `kind`, with `less` callbacks, with its `bar`"
     from fastai.basics import DataLoaders, Learner, OptimWrapper
     from fastai.callback.all import Callback, CancelValidException, MixedPrecision
     class TrainOnly(Callback):
         def before_train(self):
             if wrapped and self.epoch == 0: wrapped(self.learn.model)
         def before_validate(self): raise CancelValidException
-    learn = Learner(DataLoaders(loader, loader), model, loss_func, opt_func=lambda *_, **__: OptimWrapper(opt=opt),
-                    lr=opt.defaults['lr'], cbs=[accumulation, TrainOnly()])
+    learn = (kind or Learner)(DataLoaders(loader, loader), model, loss_func, lr=opt.defaults['lr'],
+        opt_func=lambda *_, **__: OptimWrapper(opt=opt), cbs=[*accumulation, TrainOnly()]).remove_cbs(less)
     if precision: learn.add_cb(MixedPrecision(amp_mode=precision))
-    with ctx(learn), learn.no_bar(), learn.no_logging(): learn.fit(n_epoch, opt.defaults['lr'])
+    with ctx(learn), nullcontext() if bar else learn.no_bar(), learn.no_logging():
+        learn.fit(n_epoch, opt.defaults['lr'])
+
+def bare_learner(model, loader, loss_func, opt, k, **kwargs):
+    "fastai's Learner without a callback: its optimizer does something every `k` batches"
+    calls,step,zero_grad = 0,opt.step,opt.zero_grad
+    def step_last():
+        nonlocal calls
+        calls += 1
+        if not calls%k: step()
+    opt.step,opt.zero_grad = step_last,lambda: zero_grad() if not calls%k else None
+    learner([], model, loader, lambda pred, y: loss_func(pred, y)/k, opt, **kwargs)
 
 
 def fastai(*args, window, **kwargs):
     "fastai's own `GradientAccumulation`"
     from fastai.callback.training import GradientAccumulation
-    learner(GradientAccumulation(window), *args, **kwargs)
+    learner([GradientAccumulation(window)], *args, **kwargs)
 
 
 def here(*args, window, count=None, **kwargs):
     "The `GradientAccumulation` of this library"
     from fastcb_training.accumulation import GradientAccumulation
-    learner(GradientAccumulation(window, **(dict(count=count) if count else {})), *args, **kwargs)
+    learner([GradientAccumulation(window, **(dict(count=count) if count else {}))], *args, **kwargs)
 
 
 peers = {'here': here, 'fastai': fastai, 'Lightning': lightning, 'Accelerate': accelerate, 'plain loop': loop}
@@ -136,10 +150,8 @@ def resume_plain(model, items, bs, n_epoch, folder, cut=None, going_on=False):
         learn.model.load_state_dict(state['model'])
         learn.opt.load_state_dict(state['opt'])
     else:
-        with open(folder/'plain.pth', 'wb') as f:
-            torch.save(dict(model=learn.model.state_dict(), opt=learn.opt.state_dict()), f)
-            f.flush()
-            os.fsync(f.fileno())
+        torch.save(dict(model=learn.model.state_dict(), opt=learn.opt.state_dict()), folder/'plain.pth')
+        with open(folder/'plain.pth', 'rb+') as f: os.fsync(f.fileno())
     found.saved = found.began = time.perf_counter()-start
     return found
 
