@@ -86,12 +86,30 @@ class Now:
         self.t.synchronize()
         return earlier.t.elapsed_time(self.t)/1000
 
-def window_seconds(variant, model, data, bs, window, device='cpu', **kwargs):
-    "Train, and give the mean time from an optimizer step to the next"
-    steps = []
-    opt = peers.Noting(model.parameters(), 1e-3, lambda: steps.append(Now(device)))
-    train(variant, model, loader(data, bs), nn.CrossEntropyLoss(), opt, bs=bs, window=window, **kwargs)
-    return (steps[-1]-steps[0])/(len(steps)-1)
+def window_seconds(variant, model, data, bs, window, device='cpu', work=None, **kwargs):
+    "Train, and give the mean time from an optimizer step to the next; with `work`, also what is left of it without that"
+    marks,loss_func = [],work.loss_func if work else nn.CrossEntropyLoss()
+    opt = peers.Noting(model.parameters(), 1e-3, lambda: marks.append((Now(device), work.seconds if work else 0)))
+    if work: opt.step_alone,opt.zero_grad = work.timed(opt.step_alone),work.timed(opt.zero_grad)
+    train(variant, model, loader(data, bs), loss_func, opt, bs=bs, window=window, **kwargs)
+    (start,begun),*_,(end,done) = marks
+    n = len(marks)-1
+    return ((end-start)/n, (end-start-(done-begun))/n) if work else (end-start)/n
+
+class Work:
+    "Adds up the time of what any training does: model, loss, backward pass, optimizer, loader"
+    def __init__(self, model):
+        from torch.utils.data import dataloader
+        self.seconds,self.loss_func = 0,nn.CrossEntropyLoss()
+        for o,name in ((model, 'forward'), (self.loss_func, 'forward'), (torch.Tensor, 'backward'),
+                       (dataloader._BaseDataLoaderIter, '__next__')): setattr(o, name, self.timed(getattr(o, name)))
+
+    def timed(self, f):
+        def _inner(*args, **kwargs):
+            start = time.perf_counter()
+            try: return f(*args, **kwargs)
+            finally: self.seconds += time.perf_counter()-start
+        return _inner
 
 def seconds(f, *args):
     start = time.perf_counter()
@@ -259,35 +277,15 @@ def short_epochs(variant, quick):
 @case('Own time: what a batch costs beside model, loss, backward pass, optimizer and loader; training as in throughput',
       (*peers.peers, 'Learner'), sessions=2, turns=8, minutes=3, env=keep_memory)
 def own_time(variant, quick):
-    if variant != 'Learner': settings = {'as in throughput': partial(peers.peers[variant], window=64)}
-    else: settings = {name: partial(peers.bare_learner, **kwargs) for name,kwargs in learner_settings().items()}
+    settings = learner_settings() if variant == 'Learner' else {'as in throughput': {}}
     model,data = resnet(),pictures(64*(2 if quick else 4))
     work = Work(model)
     def turn():
-        for name,f in settings.items():
-            marks = []
-            opt = peers.Noting(model.parameters(), 1e-3, lambda: marks.append((time.perf_counter(), work.seconds)))
-            opt.step_alone,opt.zero_grad = work.timed(opt.step_alone),work.timed(opt.zero_grad)
-            f(model, loader(data, 16), work.loss_func, opt, k=4)
-            (start,begun),*_,(end,done) = marks
-            yield (end-start-(done-begun))/(4*(len(marks)-1))*1e6, 'µs a batch', dict(setting=name)
+        for name,kwargs in settings.items():
+            _,own = window_seconds(variant, model, data, bs=16, window=64, work=work, **kwargs)
+            yield own/4*1e6, 'µs a batch', dict(setting=name)
     list(turn()) # warms up
     return turn
-
-class Work:
-    "Adds up the time of what any training does"
-    def __init__(self, model):
-        from torch.utils.data import dataloader
-        self.seconds,self.loss_func = 0,nn.CrossEntropyLoss()
-        for o,name in ((model, 'forward'), (self.loss_func, 'forward'), (torch.Tensor, 'backward'),
-                       (dataloader._BaseDataLoaderIter, '__next__')): setattr(o, name, self.timed(getattr(o, name)))
-
-    def timed(self, f):
-        def _inner(*args, **kwargs):
-            start = time.perf_counter()
-            try: return f(*args, **kwargs)
-            finally: self.seconds += time.perf_counter()-start
-        return _inner
 
 def learner_settings():
     "fastai's Learner as it comes, and with less and less of it: what follows a name is without it, and without those above"
@@ -310,7 +308,8 @@ def learner_settings():
             'the events of a batch': dict(less=[Recorder], kind=NoEvents)}
 
 
-@case('Processes: two of them, 4 million parameters, batches of 8 in windows of 64', ('here', 'fastai', 'Accelerate'),
+@case('Processes: two of them, 4 million parameters, batches of 8 in windows of 64',
+      ('here', 'fastai', 'Accelerate', 'here without Recorder'),
       Goal("an epoch in two processes, in parts of fastai's callback", 'at most', .75, 's an epoch', to='fastai',
            peers=['fastai', 'Accelerate']),
       Goal("an epoch in two processes, in parts of Accelerate's own loop", 'at most', 1.10, 's an epoch', to='Accelerate',
@@ -318,7 +317,7 @@ def learner_settings():
 def processes(variant, quick):
     from accelerate import Accelerator
     from fastai.distributed import DistributedDL
-    import fastai.vision.all
+    from fastai.vision.all import Recorder
     from torch import distributed as dist
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
     Accelerator(cpu=True) # starts the process group
@@ -330,7 +329,7 @@ def processes(variant, quick):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(),
                           nn.Linear(1024, 10)) # gradients that are large against the arithmetic
-    n_steps,syncs = 2 if quick else 8,0
+    n_steps,syncs,work = 2 if quick else 8,0,Work(model)
     data = pictures(n_steps*64*dist.get_world_size())
     def counted(ddp):
         nonlocal syncs
@@ -341,9 +340,11 @@ def processes(variant, quick):
         syncs = 0
         ddp.register_comm_hook(None, hook)
     def turn():
-        took = window_seconds(variant, model, data, bs=8, window=64, wrapped=counted,
-                              ctx=lambda learn: learn.distrib_ctx(cpu=True, sync_bn=False))
+        took,own = window_seconds(variant.partition(' ')[0], model, data, bs=8, window=64, wrapped=counted, work=work,
+                                  less=[Recorder]*variant.endswith('Recorder'),
+                                  ctx=lambda learn: learn.distrib_ctx(cpu=True, sync_bn=False))
         yield took*n_steps, 's an epoch', {}
+        yield own*n_steps, 's an epoch, without the work', {}
         yield syncs, 'synchronisations an epoch', {}
     list(turn()) # warms up
     return turn

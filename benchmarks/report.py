@@ -84,6 +84,43 @@ def grid(name, names, columns, at=None):
     kept = [*dict.fromkeys(columns.values())]
     return pd.DataFrame(rows).T.reindex(columns=kept).fillna('').rename_axis(None)
 
+def own_time():
+    "The own time of each way to train, in µs a batch and in % of a batch, beside its throughput"
+    items = {r['variant']: r['median'] for r in results['throughput']['rows']}
+    rows = {}
+    for r in results['own_time']['rows']:
+        v = r['variant']
+        if v == 'Learner' and r['at']['setting'] != 'the progress bar': continue # quiet, as the others are
+        batch = 16e6/items[v] # µs
+        name = 'Learner, no callback' if v == 'Learner' else v
+        rows[name] = {'own time (µs a batch)': spread(r), 'of a batch (%)': few(100*r['median']/batch),
+                      'items a second, of the plain loop': f"{items[v]/items['plain loop']:.3f}"}
+    return pd.DataFrame(rows).T.rename_axis(None)
+
+def own_words():
+    "What the missing part of the throughput is made of"
+    own = {r['variant']: r['median'] for r in results['own_time']['rows']
+           if r['at']['setting'] in ('as in throughput', 'the progress bar')}
+    loop,fastai = own['plain loop'],own['fastai']
+    batch = 16e6/next(r['median'] for r in results['throughput']['rows'] if r['variant'] == 'plain loop')
+    more = own['here']-fastai
+    return Markdown(
+        f"fastai's Learner without a callback takes {few(own['Learner']-loop)} µs a batch more than a plain loop, "
+        f"{few(100*(own['Learner']-loop)/batch)} % of this batch; that is the same for a batch of any size, so larger batches "
+        f"feel less of it. `GradientAccumulation` adds {few(own['here']-own['Learner'])} µs, "
+        f"{few(abs(more))} µs {'more' if more > 0 else 'less'} than fastai's: with it the gradients are "
+        'brought to the mean of their window, once a window.')
+
+def learner_time():
+    "fastai's Learner, taken apart"
+    rows = [r for r in results['own_time']['rows'] if r['variant'] == 'Learner']
+    table = {}
+    for r,before in zip(rows, [None, *rows]):
+        name = r['at']['setting']
+        saved = few(before['median']-r['median']) if before else ''
+        table[f'without {name}' if before else name] = {'own time (µs a batch)': spread(r), 'saved (µs)': saved}
+    return pd.DataFrame(table).T.rename_axis(None)
+
 def spread(r):
     half = (r['high']-r['low'])/2
     return few(r['median']) + (f' ± {few(half)}' if half else '')
