@@ -87,7 +87,7 @@ class Now:
         return earlier.t.elapsed_time(self.t)/1000
 
 def window_seconds(variant, model, data, bs, window, device='cpu', work=None, **kwargs):
-    "Train, and give the mean time from an optimizer step to the next; with `work`, also what is left of it without that"
+    "Train; the mean time from an optimizer step to the next, and with `work` what is left of it without that"
     marks,loss_func = [],work.loss_func if work else nn.CrossEntropyLoss()
     opt = peers.Noting(model.parameters(), 1e-3, lambda: marks.append((Now(device), work.seconds if work else 0)))
     if work: opt.step_alone,opt.zero_grad = work.timed(opt.step_alone),work.timed(opt.zero_grad)
@@ -161,7 +161,7 @@ def exactness(variant, quick):
 
 @case('Overhead: a tiny model, with each callback', ('no callback', 'fastai', 'here'),
       Goal("a batch of a tiny model, in parts of fastai's callback", 'at most', 1, 'µs a batch', to='fastai',
-           peers=['fastai'], limit='no callback'), sessions=5, turns=6)
+           peers=['fastai'], limit='no callback'), sessions=4, turns=5)
 def overhead(variant, quick, device='cpu', precision=None):
     from fastai.basics import DataLoaders, Learner, SGD
     from fastai.callback.all import MixedPrecision
@@ -192,7 +192,7 @@ keep_memory = dict.fromkeys(('MALLOC_MMAP_THRESHOLD_', 'MALLOC_TRIM_THRESHOLD_')
            to='plain loop', peers=['fastai', 'Lightning', 'Accelerate'], limit='plain loop'),
       Goal("items a second with accumulation, in parts of fastai's Learner without a callback", 'at least', 1,
            'items a second', to='Learner', peers=['fastai'], limit='Learner'),
-      sessions=2, turns=8, minutes=4, env=keep_memory)
+      sessions=2, turns=5, minutes=4, env=keep_memory)
 def throughput(variant, quick, device='cpu', precision=None):
     model,data = resnet(device),pictures(64*(2 if quick else 16), device=device)
     def turn():
@@ -203,9 +203,9 @@ def throughput(variant, quick, device='cpu', precision=None):
 
 
 @case('Memory: windows of 256, resnet18 at 64 pixels',
-      ('one batch, 256', *(f'{v}, {bs}' for v in ('small batch', 'here', 'fastai') for bs in (8, 16, 32))),
+      ('one batch, 256', *(f'{v}, {bs}' for v in ('small batch', 'here', 'fastai') for bs in (8, 32))),
       Goal('peak memory of accumulation, in parts of the small batch without', 'at most', 1.02, 'MiB', to='small batch',
-           peers=['fastai'], limit='small batch'), sessions=2, minutes=4)
+           peers=['fastai'], limit='small batch'), sessions=2, minutes=3)
 def memory(variant, quick, device='cpu', precision=None):
     name,bs = variant.split(', ')
     bs = int(bs)
@@ -275,7 +275,7 @@ def short_epochs(variant, quick):
 
 
 @case('Own time: what a batch costs beside model, loss, backward pass, optimizer and loader; training as in throughput',
-      (*peers.peers, 'Learner'), sessions=2, turns=8, minutes=3, env=keep_memory)
+      (*peers.peers, 'Learner'), sessions=2, turns=4, env=keep_memory)
 def own_time(variant, quick):
     settings = learner_settings() if variant == 'Learner' else {'as in throughput': {}}
     model,data = resnet(),pictures(64*(2 if quick else 4))
@@ -288,7 +288,7 @@ def own_time(variant, quick):
     return turn
 
 def learner_settings():
-    "fastai's Learner as it comes, and with less and less of it: what follows a name is without it, and without those above"
+    "fastai's Learner as it comes, and then without what each name says, and without all those before"
     from fastai.basics import Learner, Recorder
     from fastai.callback.all import event
     class NoDevice(Learner):
@@ -304,7 +304,8 @@ def learner_settings():
         def __call__(self, name):
             if not name.endswith(('_batch', '_pred', '_loss', '_backward', '_step')): super().__call__(name)
     return {'the Learner as it comes': dict(bar=True), 'the progress bar': {}, 'the Recorder': dict(less=[Recorder]),
-            'to_device': dict(less=[Recorder], kind=NoDevice), 'the copy of the loss': dict(less=[Recorder], kind=NoCopy),
+            'to_device': dict(less=[Recorder], kind=NoDevice),
+            'the copy of the loss': dict(less=[Recorder], kind=NoCopy),
             'the events of a batch': dict(less=[Recorder], kind=NoEvents)}
 
 
@@ -312,8 +313,8 @@ def learner_settings():
       ('here', 'fastai', 'Accelerate', 'here without Recorder'),
       Goal("an epoch in two processes, in parts of fastai's callback", 'at most', .75, 's an epoch', to='fastai',
            peers=['fastai', 'Accelerate']),
-      Goal("an epoch in two processes, in parts of Accelerate's own loop", 'at most', 1.10, 's an epoch', to='Accelerate',
-           peers=['fastai', 'Accelerate']), sessions=2, turns=6, n_proc=2)
+      Goal("an epoch in two processes, in parts of Accelerate's own loop", 'at most', 1.10, 's an epoch',
+           to='Accelerate', peers=['fastai', 'Accelerate']), sessions=2, turns=6, n_proc=2)
 def processes(variant, quick):
     from accelerate import Accelerator
     from fastai.distributed import DistributedDL
@@ -356,7 +357,7 @@ def processes(variant, quick):
            to='whole batch', limit='whole batch', where=lambda at: at['microbatch'] == 64),
       Goal('a batch in four microbatches, in parts of the whole batch', 'at most', 1.40, 's for 64 items',
            to='whole batch', peers=['split loss', 'small batch'], limit=4/3, where=lambda at: at['microbatch'] == 16),
-      sessions=2, turns=8, minutes=3, env=keep_memory)
+      sessions=2, turns=5, minutes=3, env=keep_memory)
 def microbatch(variant, quick, device='cpu'):
     from fastai.callback.core import Callback
     class Ends(Callback):
@@ -469,9 +470,10 @@ def out_of_memory(variant, quick):
         for fits in (40, 10, 1):
             for o in done,tries,again,after: o.clear()
             dict(here=here, Accelerate=accelerate)[variant](fits)
-            yield len(tries), 'failed tries', dict(fits=fits)
-            yield sum(again), 'items trained again', dict(fits=fits)
-            yield max(after), 'items a step afterwards', dict(fits=fits)
+            at = {'items fit': fits}
+            yield len(tries), 'failed tries', at
+            yield sum(again), 'items trained again', at
+            yield max(after), 'items a step afterwards', at
     return turn
 
 
@@ -485,7 +487,7 @@ def out_of_memory(variant, quick):
       Goal("largest difference of a weight from fastai's, after all epochs", 'at most', 1e-5, 'difference of a weight'),
       Goal("start of a second fit, in % of the body's pass", 'at most', 1, "% of the body's pass",
            peers=['fastai']),
-      turns=3, minutes=4)
+      turns=3, minutes=3)
 def features(variant, quick):
     from fastai.callback.core import Callback
     from fastai.callback.training import BnFreeze
@@ -580,7 +582,8 @@ def resume(variant, quick):
     return turn
 
 
-@case('ResumeFit: a fit that is cut off in the middle of its first epoch and goes on', ('here', 'Accelerate', 'Lightning'),
+@case('ResumeFit: a fit that is cut off in the middle of its first epoch and goes on',
+      ('here', 'Accelerate', 'Lightning'),
       Goal('largest difference of a weight from a fit that was not cut off', 'at most', 0, 'difference of a weight',
            peers=['Accelerate', 'Lightning']),
       Goal('batches loaded again', 'at most', 0, 'batches loaded again', peers=['Accelerate', 'Lightning']),
@@ -654,7 +657,7 @@ def spread_validation(variant, quick):
         valid = DataLoader(Digits(files), bs=bs, num_workers=workers)
         return Learner(DataLoaders(train, valid), model, nn.CrossEntropyLoss(), opt_func=SGD)
     learners = {workers: learner(workers) for workers in (0, 2)}
-    cbs = dict(here=[here(1., n_valid=20)] if variant == 'here' else [], fastai=[fastai(.19)]).get(variant, []) # fastai's takes one more
+    cbs = dict(here=[here(1., n_valid=20)], fastai=[fastai(.19)], limit=[])[variant] # fastai's takes one more
     def turn():
         for workers,learn in learners.items():
             quiet_fit(learn, *cbs, seen := Validation())

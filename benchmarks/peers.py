@@ -1,7 +1,7 @@
 """The other ways
 
-Five ways to train the same model on the same batches, with gradients accumulated over windows of `k` batches; and three to
-go on with a fit that was cut off.
+Five ways to train the same model on the same batches, with gradients accumulated over windows of `k` batches; and three
+to go on with a fit that was cut off.
 """
 import os, time
 from contextlib import nullcontext, suppress
@@ -68,7 +68,7 @@ def lightning(model, loader, loss_func, opt, k, n_epoch=1, precision=None, **_):
 
 def learner(accumulation, model, loader, loss_func, opt, precision=None, wrapped=None, ctx=nullcontext, n_epoch=1,
             kind=None, less=(), bar=False, **_):
-    "fastai's Learner, quiet, with the callback that accumulates; or another `kind`, with `less` callbacks, with its `bar`"
+    "fastai's Learner, quiet, with callbacks that accumulate; or another `kind`, with `less` callbacks, with its `bar`"
     from fastai.basics import DataLoaders, Learner, OptimWrapper
     from fastai.callback.all import Callback, CancelValidException, MixedPrecision
     class TrainOnly(Callback):
@@ -109,8 +109,8 @@ others = [o for o in peers if o != 'here']
 packages = {'Lightning': 'lightning', 'Accelerate': 'accelerate'} # those that need not be there
 
 
-# A fit that is cut off before batch number `cut` of its first epoch, and goes on: what comes out, how long the save took,
-# how long it took from the beginning to the first batch, and the inputs that were trained
+# A fit that is cut off before batch number `cut` of its first epoch, and goes on: what comes out, how long the save
+# took, how long it took from the beginning to the first batch, and the inputs that were trained
 
 class Cut(Exception): "The fit is cut off here"
 

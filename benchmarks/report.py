@@ -20,8 +20,8 @@ def span(lo, hi): return few(lo) if few(lo) == few(hi) else f'{few(lo)} to {few(
 # Words
 
 # The cases, in the order of the questions that bring people here
-ORDER = ('short_epochs spread_validation scale_items resume resume_exact exactness microbatch microbatch_memory out_of_memory '
-         'memory throughput processes features overhead scale_layers scale_parameters').split()
+ORDER = ('short_epochs spread_validation scale_items resume resume_exact exactness microbatch microbatch_memory '
+         'out_of_memory memory throughput processes features overhead scale_layers scale_parameters').split()
 NAMES = {'find': 'to find the layers', 'look': 'to check their mode', 'forward pass': 'the forward pass'}
 
 def place(at): return ', '.join(NAMES.get(v, f'{v:,} {k}' if isinstance(v, int) else f'{k} {v}') for k,v in at.items())
@@ -36,20 +36,21 @@ def others(found, part):
     "What the best peers, or the limits, reach, with their names"
     found = [r[part] for r in found if r[part]]
     if not found: return ''
-    names = ', '.join(dict.fromkeys(o['variant'] for o in found if o['variant']))
+    names = ', '.join(dict.fromkeys(o['variant'] for o in found if o['variant'] not in (None, 'limit', 'line')))
     reached = span(*(f(o['median'] for o in found) for f in (min, max)))
     return f'{reached} ({names})' if names else reached
 
 def outcome(found):
     "Goal, and what came of it, of the ratios of one claim"
     first,n_met = found[0],sum(r['met'] for r in found)
-    met = 'met' if n_met == len(found) else 'missed' if len(found) == 1 else f'missed in {len(found)-n_met} of {len(found)}'
+    met = 'met' if n_met == len(found) else 'missed'
+    if n_met and met == 'missed': met = f'missed in {len(found)-n_met} of {len(found)}'
     medians = [r['median'] for r in found]
     return {'here': span(min(medians), max(medians)), 'best peer': others(found, 'peer'),
             'limit': others(found, 'limit'), 'goal': f"{first['sense']} {first['goal']:g}", 'result': met}
 
 def summary():
-    "A row a claim: this library, the best of the others, the limit, and whether the goal was met"
+    "A row for each claim: this library, the best of the others, the limit, and whether the goal was met"
     rank = {name: i for i,name in enumerate([*ORDER, *(f'cuda_{o}' for o in ORDER)])}
     rows = {}
     for name in sorted((o for o in results if o in rank), key=rank.get):
@@ -101,15 +102,13 @@ def own_words():
     "What the missing part of the throughput is made of"
     own = {r['variant']: r['median'] for r in results['own_time']['rows']
            if r['at']['setting'] in ('as in throughput', 'the progress bar')}
-    loop,fastai = own['plain loop'],own['fastai']
+    loop = own['plain loop']
     batch = 16e6/next(r['median'] for r in results['throughput']['rows'] if r['variant'] == 'plain loop')
-    more = own['here']-fastai
     return Markdown(
         f"fastai's Learner without a callback takes {few(own['Learner']-loop)} µs a batch more than a plain loop, "
-        f"{few(100*(own['Learner']-loop)/batch)} % of this batch; that is the same for a batch of any size, so larger batches "
-        f"feel less of it. `GradientAccumulation` adds {few(own['here']-own['Learner'])} µs, "
-        f"{few(abs(more))} µs {'more' if more > 0 else 'less'} than fastai's: with it the gradients are "
-        'brought to the mean of their window, once a window.')
+        f"{few(100*(own['Learner']-loop)/batch)} % of this batch; that is the same for a batch of any size, so "
+        f"larger batches feel less of it. `GradientAccumulation` adds {few(own['here']-own['Learner'])} µs, fastai's "
+        f"{few(own['fastai']-own['Learner'])} µs: it divides the loss, ours multiplies the gradients, once a window.")
 
 def learner_time():
     "fastai's Learner, taken apart"

@@ -2,8 +2,8 @@
 
 Each variant of a case has a process of its own. It sets up and warms up; then the variants take turns, A B A B, and
 only one of them works at a time. A session is a set of new processes. What comes out, a JSON file a case, has medians
-with the lower and the upper quartile; a ratio is taken turn by turn, and its median and quartiles are over the turns. A case whose
-minutes are used up begins no more turns. One that fails is named at the end, and the others are measured all the same.
+with the lower and the upper quartile; a ratio is taken turn by turn, and its median and quartiles are over the turns. A
+case whose minutes are used up begins no more turns. One that fails is named at the end, and the others are measured.
 """
 import argparse, importlib.util, json, os, platform, re, subprocess, sys, threading, time, traceback
 from datetime import datetime, timezone
@@ -17,6 +17,9 @@ from cases import cases
 from peers import packages
 
 HERE = Path(__file__).resolve().parent
+GRACE = 300 # seconds that a session may take beyond its case's minutes, before it is killed
+
+
 class Failed(Exception): "A case has no result"
 
 
@@ -94,7 +97,7 @@ def measure(case, variants, quick):
 def one_session(case, variants, quick, folder, session, clock, found):
     "Turns of a set of new processes"
     workers,failed = [],True
-    stop = threading.Timer(clock.seconds+300, lambda: [p.kill() for w in workers for p in w.ranks]) # one hangs
+    stop = threading.Timer(clock.seconds+GRACE, lambda: [p.kill() for w in workers for p in w.ranks]) # one hangs
     stop.start()
     try:
         for v in variants: workers.append(Worker(case, v, quick, folder))
@@ -216,7 +219,8 @@ def main():
         try: run(case, out, args.quick, header)
         except Exception as e:
             failed.append(case.name)
-            print(f'  FAILED, and has no new result: {e if isinstance(e, Failed) else traceback.format_exc()}\n', flush=True)
+            why = e if isinstance(e, Failed) else traceback.format_exc()
+            print(f'  FAILED, and has no new result: {why}\n', flush=True)
     if failed: sys.exit(f"{len(failed)} of {len(chosen)} failed: {', '.join(failed)}")
 
 
