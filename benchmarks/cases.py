@@ -351,13 +351,13 @@ def processes(variant, quick):
     return turn
 
 
-@case('MicroBatch: resnet18 at 64 pixels, batches of 64, whole and in microbatches of 16',
+@case('MicroBatch: resnet18, batches of 64, whole and in microbatches of 16',
       ('whole batch', 'here, 64', 'here, 16', 'split loss', 'small batch'),
       Goal('a batch with MicroBatch where all fits, in parts of no callback', 'at most', 1.01, 's for 64 items',
            to='whole batch', limit='whole batch', where=lambda at: at['microbatch'] == 64),
       Goal('a batch in four microbatches, in parts of the whole batch', 'at most', 1.40, 's for 64 items',
            to='whole batch', peers=['split loss', 'small batch'], limit=4/3, where=lambda at: at['microbatch'] == 16),
-      sessions=2, turns=5, minutes=3, env=keep_memory)
+      turns=5, minutes=3, env=keep_memory)
 def microbatch(variant, quick, device='cpu'):
     from fastai.callback.core import Callback
     class Ends(Callback):
@@ -366,15 +366,16 @@ def microbatch(variant, quick, device='cpu'):
         def before_fit(self): self.at = []
         def after_batch(self): self.at.append(Now(device))
     name,_,size = variant.partition(', ')
-    learn,every = split_learner(name, pictures(64, size=32 if quick else 64, device=device), 3 if quick else 4,
-                                device)
+    sizes = [16, 32] if quick else [64, 128]
+    learners = {px: split_learner(name, pictures(64, size=px, device=device), 3, device) for px in sizes}
     cbs = micro_batches(name, int(size or 64))
     def turn():
-        quiet_fit(learn, ends := Ends(), *cbs)
-        marks = ends.at[every-1::every]
-        took = median(b-a for a,b in zip(marks, marks[1:]))
-        for m in [int(size)] if size else [64, 16] if name == 'whole batch' else [16]:
-            yield took, 's for 64 items', dict(microbatch=m)
+        for px,(learn,every) in learners.items():
+            quiet_fit(learn, ends := Ends(), *cbs)
+            marks = ends.at[every-1::every]
+            took = median(b-a for a,b in zip(marks, marks[1:]))
+            for m in [int(size)] if size else [64, 16] if name == 'whole batch' else [16]:
+                yield took, 's for 64 items', dict(microbatch=m, pixels=px)
     list(turn()) # warms up
     return turn
 
@@ -406,14 +407,14 @@ def split_learner(name, data, n, device='cpu'):
 # glibc gives each large block back at once, so that what is resident is what is in use
 give_back_memory = dict(MALLOC_MMAP_THRESHOLD_=str(2**16), MALLOC_TRIM_THRESHOLD_='0')
 
-@case('MicroBatch: peak memory, resnet18 at 64 pixels, batches of 64 in microbatches of 16',
+@case('MicroBatch: peak memory, resnet18 at 128 pixels, batches of 64 in microbatches of 16',
       ('whole batch', 'here', 'split loss', 'small batch + 2 gradients'),
       Goal('peak memory of MicroBatch, in parts of the small batch and two gradients', 'at most', 1.05, 'MiB',
            to='small batch + 2 gradients', peers=['split loss'], limit='small batch + 2 gradients'),
-      sessions=3, env=give_back_memory)
+      sessions=2, env=give_back_memory)
 def microbatch_memory(variant, quick):
     import psutil
-    learn,_ = split_learner(variant, pictures(64, size=32 if quick else 64), 3)
+    learn,_ = split_learner(variant, pictures(64, size=32 if quick else 128), 3)
     cbs = micro_batches(variant, 16)
     def turn():
         before = psutil.Process().memory_info().rss # the libraries, the model, the data
