@@ -354,9 +354,9 @@ def processes(variant, quick):
 @case('MicroBatch: resnet18, batches of 64, whole and in microbatches of 16',
       ('whole batch', 'here, 64', 'here, 16', 'split loss', 'small batch'),
       Goal('a batch with MicroBatch where all fits, in parts of no callback', 'at most', 1.01, 's for 64 items',
-           to='whole batch', limit='whole batch', where=lambda at: at['microbatch'] == 64),
+           to='whole batch', limit='whole batch', where=lambda at: at['at once'] == 64),
       Goal('a batch in four microbatches, in parts of the whole batch', 'at most', 1.40, 's for 64 items',
-           to='whole batch', peers=['split loss', 'small batch'], limit=4/3, where=lambda at: at['microbatch'] == 16),
+           to='whole batch', peers=['split loss', 'small batch'], limit=4/3, where=lambda at: at['at once'] == 16),
       turns=5, minutes=3, env=keep_memory)
 def microbatch(variant, quick, device='cpu'):
     from fastai.callback.core import Callback
@@ -375,7 +375,7 @@ def microbatch(variant, quick, device='cpu'):
             marks = ends.at[every-1::every]
             took = median(b-a for a,b in zip(marks, marks[1:]))
             for m in [int(size)] if size else [64, 16] if name == 'whole batch' else [16]:
-                yield took, 's for 64 items', dict(microbatch=m, pixels=px)
+                yield took, 's for 64 items', {'at once': m, 'pixels': px}
     list(turn()) # warms up
     return turn
 
