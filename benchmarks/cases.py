@@ -414,13 +414,14 @@ give_back_memory = dict(MALLOC_MMAP_THRESHOLD_=str(2**16), MALLOC_TRIM_THRESHOLD
       sessions=2, env=give_back_memory)
 def microbatch_memory(variant, quick):
     import psutil
-    learn,_ = split_learner(variant, pictures(64, size=32 if quick else 128), 3)
+    px = 32 if quick else 128
+    learn,_ = split_learner(variant, pictures(64, size=px), 3)
     cbs = micro_batches(variant, 16)
     def turn():
         before = psutil.Process().memory_info().rss # the libraries, the model, the data
         quiet_fit(learn, *cbs)
         more = 2*sum(p.nbytes for p in learn.model.parameters()) if '+' in variant else 0
-        yield (resident_peak()-before+more)/2**20, 'MiB', {}
+        yield (resident_peak()-before+more)/2**20, 'MiB', {'at once': 16, 'pixels': px}
     return turn
 
 
