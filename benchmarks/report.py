@@ -13,54 +13,117 @@ def frame(name, part='rows'):
     "The rows or the ratios of a result, with what they were measured at as columns"
     return pd.DataFrame([{**r['at'], **r} for r in results[name][part]])
 
-def few(o): return f'{o:.3g}' if o < 100 else f'{o:,.0f}'
+def few(o): return f'{o:.3g}' if abs(o) < 100 else f'{o:,.0f}'
 def span(lo, hi): return few(lo) if few(lo) == few(hi) else f'{few(lo)} to {few(hi)}'
 
 
 # Words
 
-# What is measured in each case, and against what
-WORDS = {
-    'exactness': 'largest error of a gradient, divided by the gradient of the big batch',
-    'overhead': "time of a batch in a tiny model, divided by that with fastai's callback",
-    'throughput': 'items a second, divided by those of a plain loop',
-    'memory': 'peak memory, divided by that of small batches without accumulation',
-    'short_epochs': 'time of a short epoch, divided by what is expected of its share of a whole one',
-    'processes': "time of an epoch in two processes, divided by that with fastai's callback",
-    'scale_layers': 'time with ten times the batchnorm layers, divided by ten times the time',
-    'scale_items': 'time of a short epoch, divided by that of its batches alone',
-    'scale_parameters': 'time to close a window, divided by that of one multiplication of the gradients'}
+# The cases, in the order of the questions that bring people here
+ORDER = ('short_epochs spread_validation scale_items resume resume_exact exactness microbatch microbatch_memory '
+         'out_of_memory memory throughput processes features overhead scale_layers scale_parameters').split()
 NAMES = {'find': 'to find the layers', 'look': 'to check their mode', 'forward pass': 'the forward pass'}
-
-def words(name):
-    of = WORDS.get(name.removeprefix('cuda_'), results[name]['title'])
-    return f'on a GPU, {of}' if name in gpu else of
 
 def place(at): return ', '.join(NAMES.get(v, f'{v:,} {k}' if isinstance(v, int) else f'{k} {v}') for k,v in at.items())
 
-def goals(name):
-    "The goal of a case, and what came of it; a quick look has none"
-    r = frame(name, 'ratios')
-    if r.empty: return None
-    first = r.iloc[0]
-    return dict(goal=f'{first.sense} {first.goal:g}', result=span(r['median'].min(), r['median'].max()),
-                met=f'{r.met.sum()} of {len(r)}', missed=[o for o in r['at'][~r.met]])
+def claims(name):
+    "The ratios of a case by what they claim"
+    found = {}
+    for r in results[name]['ratios']: found.setdefault(r['claim'], []).append(r)
+    return found
+
+def others(found, part):
+    "What the best peers, or the limits, reach, with their names"
+    found = [r[part] for r in found if r[part]]
+    if not found: return ''
+    names = ', '.join(dict.fromkeys(o['variant'] for o in found if o['variant'] not in (None, 'limit', 'line')))
+    reached = span(*(f(o['median'] for o in found) for f in (min, max)))
+    return f'{reached} ({names})' if names else reached
+
+def outcome(found):
+    "Goal, and what came of it, of the ratios of one claim"
+    first,n_met = found[0],sum(r['met'] for r in found)
+    met = 'met' if n_met == len(found) else 'missed'
+    if n_met and met == 'missed': met = f'missed in {len(found)-n_met} of {len(found)}'
+    medians = [r['median'] for r in found]
+    return {'here': span(min(medians), max(medians)), 'best peer': others(found, 'peer'),
+            'limit': others(found, 'limit'), 'goal': f"{first['sense']} {first['goal']:g}", 'result': met}
 
 def summary():
-    "A row a case: what was measured, against what, and whether the goal was met"
-    known = [*WORDS]
-    def rank(name): return known.index(name) if name in known else len(known)
-    rows = {words(name): goals(name) or dict(result='a quick look') for name in sorted(results, key=rank)}
-    return pd.DataFrame(rows).T[['result', 'goal', 'met']].fillna('').rename_axis('what is measured', axis=1)
+    "A row for each claim: this library, the best of the others, the limit, and whether the goal was met"
+    rank = {name: i for i,name in enumerate([*ORDER, *(f'cuda_{o}' for o in ORDER)])}
+    rows = {}
+    for name in sorted((o for o in results if o in rank), key=rank.get):
+        for claim,found in claims(name).items():
+            rows[claim + (', on a GPU' if name in gpu else '')] = outcome(found)
+    return pd.DataFrame(rows).T.rename_axis('what is measured', axis=1)
 
 def verdict(name):
-    "The result of a case in a sentence"
-    g = goals(name)
-    if not g: return Markdown('A quick look has no goal.')
-    at = '; '.join(filter(None, map(place, g['missed'])))
-    word = f"**Goal missed**{f' ({at})' if at else ''}" if g['missed'] else '**Goal met**'
-    text = words(name)
-    return Markdown(f"{word}. {text[0].upper()+text[1:]}: {g['result']}. The goal is {g['goal']}.")
+    "What came of the goals of a case, a sentence each"
+    lines = []
+    for claim,found in claims(name).items():
+        o,missed = outcome(found),[place(r['at']) for r in found if not r['met']]
+        at = '; '.join(filter(None, missed)) if len(found) > 1 else ''
+        word = f"**Goal missed**{f' ({at})' if at else ''}" if missed else '**Goal met**'
+        lines.append(f"- {word}. {claim[0].upper()+claim[1:]}: {o['here']}. The goal is {o['goal']}.")
+    if results[name]['quick']: lines.append('- A quick look, of one turn, and smaller: no measurement.')
+    return Markdown('\n'.join(lines))
+
+def value(name, variant, unit=None, **at):
+    "A median of a case"
+    rows = [r for r in results[name]['rows'] if r['variant'] == variant and unit in (None, r['unit'])
+            and all(r['at'].get(k) == v for k,v in at.items())]
+    return rows[0]['median'] if rows else float('nan')
+
+def grid(name, names, columns, at=None):
+    "A table of medians, with half the distance of the quartiles: a row for each of `names`, unit -> words"
+    rows = {}
+    for r in results[name]['rows']:
+        if r['unit'] not in names: continue
+        label = names[r['unit']] + (f", {place(r['at'])}" if r['at'] else '')
+        rows.setdefault(label, {})[columns.get(r['variant'], r['variant'])] = spread(r)
+    kept = [*dict.fromkeys(columns.values())]
+    return pd.DataFrame(rows).T.reindex(columns=kept).fillna('').rename_axis(None)
+
+def own_time():
+    "The own time of each way to train, in µs a batch and in % of a batch, beside its throughput"
+    items = {r['variant']: r['median'] for r in results['throughput']['rows']}
+    rows = {}
+    for r in results['own_time']['rows']:
+        v = r['variant']
+        if v == 'Learner' and r['at']['setting'] != 'the progress bar': continue # quiet, as the others are
+        batch = 16e6/items[v] # µs
+        name = 'Learner, no callback' if v == 'Learner' else v
+        rows[name] = {'own time (µs a batch)': spread(r), 'of a batch (%)': few(100*r['median']/batch),
+                      'items a second, of the plain loop': f"{items[v]/items['plain loop']:.3f}"}
+    return pd.DataFrame(rows).T.rename_axis(None)
+
+def own_words():
+    "What the missing part of the throughput is made of"
+    own = {r['variant']: r['median'] for r in results['own_time']['rows']
+           if r['at']['setting'] in ('as in throughput', 'the progress bar')}
+    loop = own['plain loop']
+    batch = 16e6/next(r['median'] for r in results['throughput']['rows'] if r['variant'] == 'plain loop')
+    return Markdown(
+        f"fastai's Learner without a callback takes {few(own['Learner']-loop)} µs a batch more than a plain loop, "
+        f"{few(100*(own['Learner']-loop)/batch)} % of this batch; that is the same for a batch of any size, so "
+        f"larger batches feel less of it. `GradientAccumulation` adds {few(own['here']-own['Learner'])} µs, fastai's "
+        f"{few(own['fastai']-own['Learner'])} µs: it divides the loss, ours multiplies the gradients, once a window.")
+
+def learner_time():
+    "fastai's Learner, taken apart"
+    rows = [r for r in results['own_time']['rows'] if r['variant'] == 'Learner']
+    table = {}
+    for r,before in zip(rows, [None, *rows]):
+        name = r['at']['setting']
+        saved = few(before['median']-r['median']) if before else ''
+        table[f'without {name}' if before else name] = {'own time (µs a batch)': spread(r), 'saved (µs)': saved}
+    return pd.DataFrame(table).T.rename_axis(None)
+
+def spread(r):
+    half = (r['high']-r['low'])/2
+    return few(r['median']) + (f' ± {few(half)}' if half else '')
+
 
 def where():
     "Machine, versions, date"

@@ -2,21 +2,25 @@
 
 Each variant of a case has a process of its own. It sets up and warms up; then the variants take turns, A B A B, and
 only one of them works at a time. A session is a set of new processes. What comes out, a JSON file a case, has medians
-with the lower and the upper quartile; a ratio is taken turn by turn, and its median and quartiles are over the turns.
+with the lower and the upper quartile; a ratio is taken turn by turn, and its median and quartiles are over the turns. A
+case whose minutes are used up begins no more turns. One that fails is named at the end, and the others are measured.
 """
-import argparse, importlib.util, json, os, platform, re, subprocess, sys, time
+import argparse, importlib.util, json, os, platform, re, subprocess, sys, threading, time, traceback
 from datetime import datetime, timezone
 from importlib.metadata import version
-from itertools import product
 from pathlib import Path
 from socket import socket
-from statistics import quantiles
-from tempfile import TemporaryFile
+from statistics import median, quantiles
+from tempfile import TemporaryDirectory, TemporaryFile
 
 from cases import cases
 from peers import packages
 
 HERE = Path(__file__).resolve().parent
+GRACE = 300 # seconds that a session may take beyond its case's minutes, before it is killed
+
+
+class Failed(Exception): "A case has no result"
 
 
 def label(variant):
@@ -26,8 +30,8 @@ def label(variant):
 
 class Worker:
     "The process, or the several ranks, of one variant: does a turn when told to"
-    def __init__(self, case, variant, quick):
-        env = os.environ|{'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}|case.env
+    def __init__(self, case, variant, quick, folder):
+        env = os.environ|{'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore', 'BENCH_FOLDER': folder}|case.env
         with socket() as s: # a free port
             s.bind(('127.0.0.1', 0))
             group = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE=str(case.n_proc))
@@ -43,7 +47,7 @@ class Worker:
         lines = [p.stdout.readline() for p in self.ranks]
         if all(lines): return json.loads(lines[0])
         self.errors.seek(0)
-        raise SystemExit(f'{self.variant} failed:\n{self.errors.read()[-3000:]}')
+        raise Failed(f'{self.variant} failed:\n{self.errors.read()[-3000:] or "it was killed, or took too long"}')
 
     def turn(self):
         for p in self.ranks: print('go', file=p.stdin, flush=True)
@@ -65,22 +69,49 @@ def work(case, variant, quick):
     for _ in sys.stdin: print(json.dumps(list(turn())), file=out, flush=True)
 
 
+class Clock:
+    "The time that a case has, and a line now and then that says how far it is"
+    def __init__(self, minutes, quick):
+        self.start,self.seconds,self.quick = time.monotonic(),60*minutes,quick
+        self.said,self.live = self.start,sys.stderr.isatty()
+
+    def is_over(self): return not self.quick and time.monotonic()-self.start > self.seconds
+
+    def say(self, session, turn, variant):
+        now = time.monotonic()
+        text = f'  session {session+1}, turn {turn+1}, {now-self.start:.0f} s: {variant}'
+        if self.live: print(f'{text:60}', end='\r', file=sys.stderr, flush=True)
+        elif now-self.said > 30:
+            self.said = now
+            print(text, flush=True)
+
 def measure(case, variants, quick):
     "`(variant, unit, at) -> values`, one for each turn"
-    found = {}
-    for session in range(1 if quick else case.sessions):
-        workers,failed = [Worker(case, v, quick) for v in variants],True
-        try:
-            for w in workers: w.read()
-            for turn,w in product(range(1 if quick else case.turns), workers):
-                if sys.stderr.isatty():
-                    print(f'  session {session+1}, turn {turn+1}: {w.variant:20}', end='\r', file=sys.stderr)
+    found,clock = {},Clock(case.minutes, quick)
+    with TemporaryDirectory() as folder:
+        for session in range(1 if quick else case.sessions):
+            if session and clock.is_over(): break
+            one_session(case, variants, quick, folder, session, clock, found)
+    return found
+
+def one_session(case, variants, quick, folder, session, clock, found):
+    "Turns of a set of new processes"
+    workers,failed = [],True
+    stop = threading.Timer(clock.seconds+GRACE, lambda: [p.kill() for w in workers for p in w.ranks]) # one hangs
+    stop.start()
+    try:
+        for v in variants: workers.append(Worker(case, v, quick, folder))
+        for w in workers: w.read()
+        for turn in range(1 if quick else case.turns):
+            if turn and clock.is_over(): break
+            for w in workers:
+                clock.say(session, turn, w.variant)
                 for value,unit,at in w.turn():
                     found.setdefault((label(w.variant), unit, *at.items()), []).append(value)
-            failed = False
-        finally:
-            for w in workers: w.end(failed)
-    return found
+        failed = False
+    finally:
+        stop.cancel()
+        for w in workers: w.end(failed)
 
 
 def spread(values):
@@ -89,13 +120,22 @@ def spread(values):
     return dict(median=median, low=low, high=high, n=len(values))
 
 def judge(goal, found):
-    "The paired ratios that `goal` speaks of, each with its verdict"
+    "The paired ratios that `goal` speaks of, each with its verdict, and what the best peer and the limit reach"
     for (variant,unit,*at),values in found.items():
-        base = found.get((goal.to, unit, *at))
-        if variant != goal.of or unit != goal.unit or not goal.where(dict(at)) or (goal.to and not base): continue
-        ratio = spread([a/b for a,b in zip(values, base)] if goal.to else values)
-        yield dict(of=goal.of, to=goal.to, unit=unit, at=dict(at), **ratio,
-                   sense=goal.sense, goal=goal.value, met=goal.met(ratio['median']))
+        if variant != goal.of or unit != goal.unit or not goal.where(dict(at)): continue
+        def paired(v):
+            "The values of variant `v`, in parts of what the goal speaks of"
+            own,base = found.get((v, unit, *at)),found.get((goal.to, unit, *at)) if goal.to else [1]*len(values)
+            return [a/b for a,b in zip(own, base)] if own and base else None
+        if not (ratios := paired(variant)): continue
+        peers = [dict(variant=p, median=median(o)) for p in goal.peers if p != variant and (o := paired(p))]
+        limit = goal.limit
+        if isinstance(limit, str): limit = dict(variant=limit, median=median(o)) if (o := paired(limit)) else None
+        elif limit is not None: limit = dict(variant=None, median=limit)
+        ratio,best = spread(ratios),min if goal.sense == 'at most' else max
+        yield dict(claim=goal.claim, of=goal.of, to=goal.to, unit=unit, at=dict(at), **ratio, sense=goal.sense,
+                   goal=goal.value, met=goal.met(ratio['median']),
+                   peer=best(peers, key=lambda o: o['median'], default=None), limit=limit)
 
 
 def git(*args): return subprocess.run(['git', *args], cwd=HERE, capture_output=True, text=True).stdout.strip()
@@ -126,14 +166,14 @@ def cell(r): return f"{r['median']:.4g} ±{(r['high']-r['low'])/2/(r['median'] o
 def table(result):
     "A result for the terminal: a line for each thing measured, half the distance of the quartiles behind each median"
     variants = list(dict.fromkeys(r['variant'] for r in result['rows']))
-    ratios = {(r['unit'], *r['at'].items()): r for r in result['ratios']}
-    lines = {}
+    ratios,lines = {},{}
+    for r in result['ratios']: ratios.setdefault((r['unit'], *r['at'].items()), []).append(r)
     for r in result['rows']: lines.setdefault((r['unit'], *r['at'].items()), {})[r['variant']] = r
     yield f"  {'':48}" + ''.join(f'{v:>18}' for v in variants)
     for key,row in lines.items():
         cells = [cell(row[v]) if v in row else '' for v in variants]
         line = f"  {', '.join([*(f'{k} {v}' for k,v in key[1:]), key[0]]):48}" + ''.join(f'{c:>18}' for c in cells)
-        if g := ratios.get(key):
+        for g in ratios.get(key, []):
             of = f"{g['median']:.3f} of {g['to']}; " if g['to'] else ''
             line += f"  {of}goal {g['sense']} {g['goal']:g} {'met' if g['met'] else 'MISSED'}"
         yield line
@@ -150,7 +190,7 @@ def run(case, out, quick, header):
         sessions=1 if quick else case.sessions, turns=1 if quick else case.turns,
         left_out=sorted(absent & {*map(label, case.variants)}),
         rows=[dict(variant=v, unit=unit, at=dict(at), **spread(values)) for (v,unit,*at),values in found.items()],
-        ratios=list(judge(case.goal, found)), seconds=round(time.monotonic()-start, 1))
+        ratios=[r for goal in case.goals for r in judge(goal, found)], seconds=round(time.monotonic()-start, 1))
     out.mkdir(parents=True, exist_ok=True)
     (out/f'{case.name}.json').write_text(json.dumps(result, indent=1)+'\n', encoding='utf-8')
     print(*table(result), sep='\n')
@@ -173,7 +213,15 @@ def main():
         import torch
         if not torch.cuda.is_available(): return print('Skipped: there is no CUDA GPU here.')
     out,header = args.out or HERE/('../out/benchmarks' if args.quick else 'results'),about(args.cuda)
-    for case in chosen: run(case, out, args.quick, header)
+    failed = []
+    for i,case in enumerate(chosen, 1):
+        print(f'{i} of {len(chosen)}, {case.name}. ', end='')
+        try: run(case, out, args.quick, header)
+        except Exception as e:
+            failed.append(case.name)
+            why = e if isinstance(e, Failed) else traceback.format_exc()
+            print(f'  FAILED, and has no new result: {why}\n', flush=True)
+    if failed: sys.exit(f"{len(failed)} of {len(chosen)} failed: {', '.join(failed)}")
 
 
 if __name__ == '__main__': main()
