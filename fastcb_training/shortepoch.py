@@ -28,12 +28,10 @@ __all__ = ['ShortEpochCallback']
 
 # %% ../nbs/01_shortepoch.ipynb #bdff14e5
 import os,random,shutil,torch
-from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from fractions import Fraction
 from functools import partial
-from inspect import signature
 from itertools import chain, islice
 from math import ceil
 from numbers import Integral, Real
@@ -49,11 +47,12 @@ from fastai.data.load import DataLoader, _FakeLoader
 from fastai.learner import Learner, Metric, SkipToEpoch
 from fastai.losses import BaseLoss
 from fastai.optimizer import _BaseOptimizer
-from fastai.torch_core import apply, distrib_barrier, rank_distrib
+from fastai.torch_core import apply, distrib_barrier, get_random_states, rank_distrib, set_random_states
 from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils.data import BatchSampler, DataLoader as TorchLoader, Sampler
 
 from .core import (ExactBatches, FitCallback, LoaderView, NumberedPass, around, check, first_batches,
@@ -398,34 +397,33 @@ def load_state_dict(self:ShortEpochCallback, state):
 @around('fit', 'fit_one_cycle', 'fit_flat_cos', 'fit_sgdr', 'fine_tune')
 def _dry(learn, fit, *args, **kwargs):
     "Leave nothing behind if a callback says so"
-    call = signature(fit).bind(learn, *args, **kwargs)
-    given = call.arguments if 'cbs' in call.arguments else call.arguments.get('kwargs', {})
-    if given.get('cbs') is None: cbs = L()
-    else: cbs = given['cbs'] = L(given['cbs'])
-    dry = any(map(_is_dry, cbs+learn.cbs)) and not any(map(_finds_lr, cbs))
-    inside = isinstance(learn.path, _Aside) # a dry run
-    with _nothing_left(learn, cbs) if dry and not inside else nullcontext(): return fit(*call.args, **call.kwargs)
-
-def _is_dry(cb): return isinstance(cb, ShortEpochCallback) and cb.dry_run
-def _finds_lr(cb): return cb is LRFinder or isinstance(cb, LRFinder)
+    if kwargs.get('cbs') is not None: kwargs['cbs'] = L(kwargs['cbs']) # it may be a generator
+    given = [o for o in (*args, *kwargs.values()) if isinstance(o, (Callback, list, tuple, L))]
+    cbs = [cb for o in (learn.cbs, *given) for cb in L(o)]
+    dry = any(isinstance(cb, ShortEpochCallback) and cb.dry_run for cb in cbs)
+    finds_lr = any(isinstance(cb, LRFinder) for cb in cbs)
+    inside = isinstance(learn.path, _Aside)
+    with _nothing_left(learn, cbs) if dry and not (inside or finds_lr) else nullcontext():
+        return fit(learn, *args, **kwargs)
 
 # %% ../nbs/01_shortepoch.ipynb #5d000022
 @contextmanager
 def _nothing_left(learn, cbs):
-    before = _Before()
-    before.learner(learn, cbs)
-    folder = _folder()
+    "Put back what `learn` and `cbs` are made of; their files are written elsewhere"
+    before,folder = _Before(),_folder()
     try:
-        learn.path = _aside(learn.path, folder)
-        for cb in cbs+learn.cbs: # TensorBoard's
-            if not isinstance(cb, Callback) or 'log_dir' not in vars(cb): continue
-            cb.log_dir = os.fspath(_aside(cb.log_dir or 'runs', folder))
+        before.note_all(learn, *cbs)
+        aside = type('_Aside', (_Aside,), dict(folder=folder, touched=set()))
+        learn.path = aside(_below(folder, learn.path))
+        for cb in cbs: # TensorBoard's
+            if _is_known(cb) and 'log_dir' in vars(cb): cb.log_dir = _below(folder, cb.log_dir or 'runs')
         yield
         distrib_barrier() # the others may still read
     finally:
         before.put_back()
         if not rank_distrib(): shutil.rmtree(folder, ignore_errors=True)
 
+# %% ../nbs/01_shortepoch.ipynb #5d000340
 def _folder():
     "A new folder, the same for all processes"
     spread = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -434,153 +432,118 @@ def _folder():
     return names[0]
 
 # %% ../nbs/01_shortepoch.ipynb #5d000024
-class _Before:
-    "What a Learner is made of, to be put back"
-    def __init__(self): self.seen,self.walked,self.stored,self.undo = {},set(),set(),[]
+_containers = dict,list,set,tuple
+_loaders = DataLoaders,DataLoader,TorchLoader,Sampler,_FakeLoader
+_lazy = LazyModuleMixin,UninitializedTensorMixin # they change their class when they are used
+_made_of_parts = (Learner, Callback, Metric, nn.Module, BaseLoss, _BaseOptimizer, torch.optim.Optimizer, L, *_loaders)
 
-    def learner(self, learn, cbs):
-        self.attrs(learn)
-        self.contents(learn.cbs)
-        for o in learn.model,learn.loss_func,learn.opt,learn.opt_func: self.deep(o)
-        for cb in cbs+learn.cbs:
-            if _is_known(cb): self.attrs(cb)
-        for o in learn.metrics:
-            if _is_known(o): self.attrs(o)
-        self.loader(learn.dls)
-        self.numbers()
+class _Before:
+    "What objects are made of, to be put back"
+    def __init__(self): self.seen,self.stored,self.undo = {},set(),[]
+
+    def note_all(self, *objects):
+        for o in objects: self.note(o)
+        self.undo.append(partial(set_random_states, **get_random_states()))
+        if torch.backends.mps.is_available(): self.undo.append(partial(torch.mps.set_rng_state, torch.mps.get_rng_state()))
 
     def put_back(self):
         for f in reversed(self.undo): f()
 
-    def new(self, o):
-        "Has `o` not been seen yet?"
-        is_new = id(o) not in self.seen
-        self.seen[id(o)] = o # an object that is gone would leave its id to another
-        return is_new
-
 # %% ../nbs/01_shortepoch.ipynb #5d000310
-def _is_known(o):
-    "Is it, or is it derived from, a callback or metric of fastai's or ours?"
-    return any(c.__module__.partition('.')[0] in ('fastai', 'fastcb_training') and c.__name__ not in _bases
-               for c in type(o).__mro__)
-
-_bases = 'Callback','FitCallback','Metric'
+@patch
+def note(self:_Before, o, deep=True):
+    "Note `o` and its parts; of a loader or a callback, which are not `deep`, no tensors and no lists in lists"
+    if self.seen.get(id(o), -1) >= deep or isinstance(o, Callback) and not _is_known(o): return
+    self.seen[id(o)] = deep
+    if isinstance(o, _lazy): self.undo.append(partial(setattr, o, '__class__', type(o)))
+    if isinstance(o, Tensor): return deep and self.tensor(o)
+    if isinstance(o, _containers): parts = self.container(o)
+    elif isinstance(o, _made_of_parts): parts = self.container(vars(o))
+    else: return self.generator(o)
+    if isinstance(o, nn.Module): # what a script has is no attribute
+        parts += [*o.children(), *o.parameters(), *o.buffers()]
+        self.undo.append(partial(setattr, o, 'training', o.training))
+    if not deep and isinstance(o, _containers): parts = [p for p in parts if isinstance(p, _made_of_parts)]
+    for p in parts: self.note(p, deep and not isinstance(o, (Callback, *_loaders)))
 
 @patch
-def attrs(self:_Before, o):
-    "The attributes of `o`, and the items of those that are containers"
-    if not self.new(o): return
-    self.contents(vars(o))
-    for v in [*vars(o).values()]:
-        if isinstance(v, (dict, list, set, L)): self.contents(v)
-        elif isinstance(v, Metric): self.attrs(v) # the Recorder's losses
-
-@patch
-def contents(self:_Before, o):
-    "The items of a container"
-    if isinstance(o, L): o = o.items
-    if not isinstance(o, (dict, list, set)) or not self.new(o): return
-    before = copy(o)
+def container(self:_Before, o):
+    "Note the items of a container, and return them"
+    items = dict(o) if isinstance(o, dict) else list(o)
     def undo():
         o.clear()
-        (o.extend if isinstance(o, list) else o.update)(before)
-    self.undo.append(undo)
+        (o.extend if isinstance(o, list) else o.update)(items)
+    if not isinstance(o, tuple): self.undo.append(undo)
+    return list(items.values()) if isinstance(o, dict) else items
 
-# %% ../nbs/01_shortepoch.ipynb #5d000311
-@patch
-def deep(self:_Before, o):
-    "All that `o` is made of"
-    if isinstance(o, Tensor): return self.tensor(o)
-    if isinstance(o, (nn.Module, _BaseOptimizer, torch.optim.Optimizer, BaseLoss)):
-        if id(o) in self.seen: return
-        self.attrs(o)
-        parts = [*vars(o).values()]
-        if isinstance(o, nn.Module): parts += [*o.parameters(), *o.buffers()] # those of a script are no attributes
-    elif isinstance(o, (Mapping, list, tuple, set, L)):
-        if isinstance(o, tuple): parts = o
-        else:
-            if id(o) in self.walked: return
-            self.walked.add(id(o))
-            self.contents(o)
-            parts = list(o.values()) if isinstance(o, Mapping) else list(o)
-    else: return
-    for part in parts: self.deep(part)
+def _is_known(cb):
+    "Is the class of `cb`, or one that it is derived from, fastai's or ours?"
+    classes = set(type(cb).__mro__)-{Callback, FitCallback}
+    return any(c.__module__.startswith(('fastai.', 'fastcb_training.')) for c in classes)
 
 # %% ../nbs/01_shortepoch.ipynb #5d000026
 @patch
 def tensor(self:_Before, o):
-    "A tensor's values, gradient and place"
-    if is_lazy(o) or not self.new(o): return
-    data,grad,requires = o.data,o.grad if o.is_leaf else None,o.requires_grad
-    self.storage(data.untyped_storage())
-    if grad is not None: self.tensor(grad)
+    "A tensor's values, which it may share, its gradient and its place"
+    if not o.is_leaf: o = o.detach()
+    data = torch.empty(0, device=o.device) if isinstance(o, UninitializedTensorMixin) else o.data
+    grad,requires = o.grad,o.requires_grad
+    if grad is not None: self.note(grad)
+    self.undo.append(partial(data.copy_, data.clone())) if data.is_sparse else self.storage(data.untyped_storage())
     def undo():
-        if o.is_leaf:
-            o.grad,o.data = None,data
-            o.requires_grad_(requires)
-            o.grad = grad
+        o.grad,o.data = None,data
+        o.requires_grad,o.grad = requires,grad
     self.undo.append(undo)
 
 @patch
 def storage(self:_Before, o):
-    "The bytes of tensors, which may share them"
+    "The bytes of tensors, once"
     if o.data_ptr() in self.stored: return
     self.stored.add(o.data_ptr())
     self.undo.append(partial(o.copy_, o.cpu() if o.is_cuda else o.clone()))
 
-# %% ../nbs/01_shortepoch.ipynb #5d000312
 @patch
-def loader(self:_Before, o):
-    "Loaders and their random numbers; never the data"
-    if isinstance(o, (DataLoaders, DataLoader, TorchLoader, Sampler, _FakeLoader)):
-        if not self.new(o): return
-        self.contents(vars(o))
-        for name,v in [*vars(o).items()]:
-            if name != 'dataset': self.loader(v)
-    elif isinstance(o, (list, L)) and all(isinstance(v, (DataLoader, TorchLoader)) for v in o):
-        self.contents(o)
-        for v in o: self.loader(v)
-    elif isinstance(o, random.Random): self.state(o.getstate, o.setstate)
-    elif isinstance(o, torch.Generator): self.state(o.get_state, o.set_state)
-
-@patch
-def state(self:_Before, get, put): self.undo.append(partial(put, get()))
-
-@patch
-def numbers(self:_Before):
-    "Random numbers, on all devices"
-    self.state(random.getstate, random.setstate)
-    self.state(np.random.get_state, np.random.set_state)
-    self.state(torch.get_rng_state, torch.set_rng_state)
-    if torch.cuda.is_available(): self.state(torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all)
-    if torch.backends.mps.is_available(): self.state(torch.mps.get_rng_state, torch.mps.set_rng_state)
+def generator(self:_Before, o):
+    "Note a generator of random numbers"
+    if isinstance(o, random.Random): undo = partial(o.setstate, o.getstate())
+    elif isinstance(o, (torch.Generator, np.random.RandomState)): undo = partial(o.set_state, o.get_state())
+    elif isinstance(o, np.random.Generator): undo = partial(setattr, o.bit_generator, 'state', o.bit_generator.state)
+    else: return
+    self.undo.append(undo)
 
 # %% ../nbs/01_shortepoch.ipynb #5d000028
 class _Aside(type(Path())):
-    "A path in a folder aside, in the place of `original`"
-    original = None
-    def __truediv__(self, other):
-        return _aside(self.original/other, self.folder) if self.original else super().__truediv__(other)
-    def joinpath(self, *others): return self/Path(*others)
-    def iterdir(self):
-        there = self.original.iterdir() if self.original and self.original.is_dir() else ()
-        return (self/n for n in sorted({o.name for o in chain(there, super(_Aside, self).iterdir())}))
-    def __reduce__(self): return Path,(str(self),)
+    "A path that leads to its place below `folder`, with what is there where it is touched"
+    folder,touched = '',set()
+
+    def __str__(self):
+        path = super().__str__()
+        if not os.path.isabs(path): return path
+        path = os.path.abspath(path)
+        return path if path.startswith(self.folder) else _below(self.folder, path)
 
     def __fspath__(self):
-        here,there = str(self),self.original
-        if there and not os.path.lexists(here) and here not in self.touched:
+        here = str(self)
+        there = here.removeprefix(self.folder)
+        if there != here and here not in self.touched:
             self.touched.add(here)
-            if there.parent.is_dir(): os.makedirs(os.path.dirname(here), exist_ok=True)
-            if there.is_dir(): os.mkdir(here)
-            elif there.is_file(): shutil.copy2(there, here)
+            if not os.path.lexists(here): _copy(there, here)
         return here
 
-    touched = set()
+    def iterdir(self):
+        here = os.fspath(self)
+        there = here.removeprefix(self.folder)
+        untouched = os.listdir(there) if os.path.isdir(there) else ()
+        untouched = [o for o in untouched if os.path.join(here, o) not in self.touched]
+        return (self/o for o in sorted({*os.listdir(here), *untouched}))
 
-def _aside(path, folder):
-    original = Path(os.path.abspath(path))
-    if str(original).startswith(folder): return original # it is there already
-    res = _Aside(os.path.join(folder, original.relative_to(original.anchor)))
-    res.original,res.folder = original,folder
-    return res
+    def __reduce__(self): return Path,(str(self),)
+
+def _below(folder, path): return folder+os.path.splitdrive(os.path.abspath(path))[1]
+
+def _copy(there, here):
+    "A file, or an empty folder"
+    if os.path.isdir(os.path.dirname(there)): os.makedirs(os.path.dirname(here), exist_ok=True)
+    if os.path.isdir(there): os.makedirs(here, exist_ok=True)
+    elif os.path.isfile(there): # whole or not at all, as other processes read it
+        os.replace(shutil.copy2(there, f'{here}.{os.getpid()}'), here)
