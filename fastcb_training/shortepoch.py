@@ -193,122 +193,114 @@ def _are_apart(dl):
     return type(dl).create_item is DataLoader.create_item and 'create_item' not in vars(dl)
 
 # %% ../nbs/01_shortepoch.ipynb #c2facb84
+class _Pass(NumberedPass):
+    "A pass over a loader with numbers: the indices of all its batches, and a place `at` in them"
+    at = 0
+    over = property(lambda self: self.at == len(self.batches))
+    def skip(self, n): self.at = min(self.at+n, len(self.batches))
+    def state(self): return self.batches[self.at:],self.seed
+    def close(self): "Each `rest` has workers of its own"
+
+    def rest(self, n):
+        end = min(self.at+n, len(self.batches))
+        for b in self.load(self.batches[self.at:end]):
+            self.at += 1
+            yield b
+        self.at = end # also if all items of a batch were skipped
+
+# %% ../nbs/01_shortepoch.ipynb #5d000009
+class _StreamPass:
+    "A pass over any loader, which is read as it comes; the first `at` batches are read at once"
+    def __init__(self, dl, at=None):
+        self.dl,self.at,self.over = dl,0,False
+        self.batches = first_batches(dl, _length(dl))
+        if at: self.skip(at)
+
+    def skip(self, n):
+        for _ in self.rest(n): pass
+
+    def rest(self, n):
+        end = self.at+n
+        for b in islice(self.batches, n):
+            self.at += 1
+            yield b
+        self.over = self.at < end or self.at == _length(self.dl)
+        if self.over: next(self.batches, None) # which ends the pass, as the loader does
+
+    def state(self): return self.at
+    def close(self): self.batches.close()
+
+    def end(self):
+        self.close()
+        if not self.over and isinstance(self.dl, DataLoader): self.dl.after_iter()
+
+# %% ../nbs/01_shortepoch.ipynb #5d000304
 class _Passes:
-    "The batches of `dl`, one pass after the other, and the place in them"
-    def __init__(self, dl, new_pass):
+    "The batches of `dl`, one pass after the other; `anew` is called when one begins"
+    now,within = None,False
+    def __init__(self, dl, anew):
         store_attr()
-        self.now,self.at,self.coming,self.begun = None,0,[],[]
+        self.coming,self.begun = [],[]
 
     def take(self, n, skip=0, ready=None):
         "The next `n` batches but the first `skip`, not loaded if that can be; `ready` is called before the others"
-        given,empty,self.ready = 0,False,ready
-        while given < n:
-            if given >= skip: self._get_ready()
-            if self.now is None:
-                if given: self.new_pass()
-                self._begin()
-            before = given
-            for b in self._rest(n-given, max(skip-given, 0)):
-                given += 1
-                if b is not _skipped: yield b
-            if given == before and empty: return # nothing in a whole pass: it would be asked for ever
-            empty = given == before
+        given = idle = 0
+        while given < n and idle < 2: # it would ask for ever where two passes have no batch
+            if ready and given >= skip:
+                ready()
+                ready = None
+            if self.now is None: self._begin()
+            before,at = given,self.now.at
+            if given < skip:
+                self.now.skip(skip-given)
+                given += self.now.at-at
+            else:
+                for b in self.now.rest(n-given):
+                    given += 1
+                    yield b
+            if self.now.over: self.end()
+            idle = 0 if given > before else idle+1
 
     def _begin(self):
+        self.anew()
         state = self.coming.pop(0) if self.coming else None
-        if has_numbers(self.dl): self.now = NumberedPass(self.dl, state)
-        else: self.now = first_batches(self.dl, _length(self.dl))
-        self.at = 0
-        self._note()
-
-    def _note(self): self.begun.append((self.now, self.at, getattr(self.now, 'seed', None)))
-
-# %% ../nbs/01_shortepoch.ipynb #5d000009
-@patch
-def _rest(self:_Passes, n, skip):
-    "At most `n` more batches of this pass"
-    if isinstance(self.now, NumberedPass): return self._numbered_rest(n, skip)
-    return self._stream_rest(n, skip)
-
-@patch
-def _numbered_rest(self:_Passes, n, skip):
-    whole,start = self.now.batches,self.at
-    some = whole[start:start+n]
-    skip = min(skip, len(some))
-    self.at += skip
-    yield from [_skipped]*skip
-    if skip < len(some):
-        self._get_ready()
-        for b in self.now.load(some[skip:]):
-            self.at += 1
-            yield b
-    self.at = start+len(some)
-    if self.at == len(whole): self.end()
-
-# %% ../nbs/01_shortepoch.ipynb #5d000304
-@patch
-def _stream_rest(self:_Passes, n, skip):
-    given = 0
-    if not skip: self._get_ready()
-    for given,b in enumerate(islice(self.now, n), 1):
-        self.at += 1
-        yield _skipped if given <= skip else b
-        if given == skip < n: self._get_ready()
-    if given < n: self.now = None
-    elif self.at == _length(self.dl): # it ends here, which is only seen by asking on
-        next(self.now, None)
-        self.now = None
-
-@patch
-def _get_ready(self:_Passes):
-    ready,self.ready = self.ready,None
-    if ready: ready()
-
-_skipped = object()
+        self.now = (_Pass if has_numbers(self.dl) else _StreamPass)(self.dl, state)
+        self.begun.append(self.now.state())
 
 # %% ../nbs/01_shortepoch.ipynb #5d000010
 @patch
 def end(self:_Passes):
-    "The pass is over"
-    if isinstance(self.now, NumberedPass): self.now.end()
-    elif self.now is not None:
-        self.now.close()
-        if isinstance(self.dl, DataLoader): self.dl.after_iter()
+    "The present pass is over"
+    if self.now: self.now.end()
     self.now = None
 
 @patch
 def close(self:_Passes):
-    if hasattr(self.now, 'close'): self.now.close()
+    if self.now: self.now.close()
     self.now = None
-
-@patch
-def __getstate__(self:_Passes): return vars(self) | dict(now=None, begun=[]) # a copy begins with a pass of its own
 
 @patch
 def mark(self:_Passes):
     "An epoch begins here"
-    self.begun = []
-    if self.now is not None: self._note()
+    self.within = self.now is not None
+    self.begun = [self.now.state()] if self.within else []
 
 # %% ../nbs/01_shortepoch.ipynb #5d000012
 @patch
 def state(self:_Passes):
-    if not has_numbers(self.dl): return dict(at=self.begun[0][1] if self.begun else 0)
-    passes = [(o.batches[at:], seed) for o,at,seed in self.begun]+self.coming
     rng = getattr(vars(self.dl).get('dl', self.dl), 'rng', None)
-    return dict(passes=passes, rng=rng and rng.getstate(), within=bool(self.begun and self.begun[0][1]))
+    return dict(passes=self.begun+self.coming, within=self.within, rng=rng and rng.getstate())
 
 @patch
 def load_state(self:_Passes, state):
     "Go on at the mark of another process"
-    self.coming = state.get('passes', [])
-    if state.get('rng'):
+    self.coming = state['passes']
+    if state['rng']:
         vars(self.dl).get('dl', self.dl).rng = rng = random.Random()
         rng.setstate(state['rng'])
-    if state.get('within'): # the pass goes on
+    if state['within']:
         self._begin()
         self.mark()
-    for _ in self.take(state.get('at', 0)): pass # of a stream
 
 # %% ../nbs/01_shortepoch.ipynb #93605a77
 @patch
