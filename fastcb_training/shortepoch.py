@@ -107,9 +107,10 @@ def after_fit(self:ShortEpochCallback):
     if self._passes and not self._looking: self._passes.end()
     FitCallback.after_fit(self)
 
+# %% ../nbs/01_shortepoch.ipynb #5d000401
 @patch
 def before_train(self:ShortEpochCallback):
-    if self._finds_lr: return
+    if _finds_lr(self.learn.cbs): return
     self._begin()
     n = self._n('dls.train', 'n_batches', self.n_batches, self.resume)
     if n == 0:
@@ -122,15 +123,14 @@ def before_train(self:ShortEpochCallback):
 # %% ../nbs/01_shortepoch.ipynb #5d000301
 @patch
 def before_validate(self:ShortEpochCallback):
-    if self._looking or self._finds_lr: return
+    if self._looking or _finds_lr(self.learn.cbs): return
     self._begin()
     if self._same: return self._show_same()
     n = self._n('dls.valid', 'n_valid', self.n_valid or (self.n_batches if self.short_valid else None))
     whole = n == 0 or n == _length(self.dl) or not has_numbers(self.dl)
     if n: self._show(n, self.dl if whole else _Batches(n, partial(_spread, self.dl, n)))
 
-@patch(as_prop=True)
-def _finds_lr(self:ShortEpochCallback): return any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
+def _finds_lr(cbs): return any(isinstance(cb, LRFinder) for cb in cbs)
 
 # %% ../nbs/01_shortepoch.ipynb #5d000005
 @patch
@@ -149,6 +149,7 @@ def _length(dl):
     try: return len(dl)
     except TypeError: return None # a stream
 
+# %% ../nbs/01_shortepoch.ipynb #5d000403
 @patch
 def _show(self:ShortEpochCallback, n, batches, dl=None):
     self.learn.dl = _ShortView(self.dl if dl is None else dl, n, batches, self)
@@ -173,19 +174,19 @@ class _Batches:
         numbers = list(numbers)
         return ExactBatches(len(numbers), self.load(numbers, ready))
 
+# %% ../nbs/01_shortepoch.ipynb #5d000405
 def _spread(dl, n, numbers, ready):
     "Batches of items that lie evenly in the set of `dl`, from its first to its last"
     def pick(batches):
-        if _are_apart(dl):
-            size = len(batches[0])
-            items = _evenly(list(chain(*batches)), n*size)
-            batches = [items[i:i+size] for i in range(0, n*size, size)]
-        else: batches = _evenly(batches, n)
-        return [batches[i] for i in numbers]
+        if not _are_apart(dl): return [_evenly(batches, n)[i] for i in numbers]
+        size = len(batches[0])
+        items = _evenly(list(chain(*batches)), n*size)
+        return [items[i*size:(i+1)*size] for i in numbers]
     return picked_batches(dl, pick, ready)
 
 def _evenly(items, n): return [items[i*(len(items)-1)//max(n-1, 1)] for i in range(n)]
 
+# %% ../nbs/01_shortepoch.ipynb #5d000406
 def _are_apart(dl):
     "May an item of `dl` be in any batch?"
     if isinstance(dl, TorchLoader): return type(dl.batch_sampler) is BatchSampler
@@ -238,34 +239,34 @@ class _StreamPass:
 class _Passes:
     "The batches of `dl`, one pass after the other; `anew` is called when one begins"
     now,within = None,False
-    def __init__(self, dl, anew):
-        store_attr()
-        self.coming,self.begun = [],[]
-
-    def take(self, n, skip=0, ready=None):
-        "The next `n` batches but the first `skip`, not loaded if that can be; `ready` is called before the others"
-        given = idle = 0
-        while given < n and idle < 2: # it would ask for ever where two passes have no batch
-            if ready and given >= skip:
-                ready()
-                ready = None
-            if self.now is None: self._begin()
-            before,at = given,self.now.at
-            if given < skip:
-                self.now.skip(skip-given)
-                given += self.now.at-at
-            else:
-                for b in self.now.rest(n-given):
-                    given += 1
-                    yield b
-            if self.now.over: self.end()
-            idle = 0 if given > before else idle+1
+    def __init__(self, dl, anew): self.dl,self.anew,self.coming,self.begun = dl,anew,[],[]
 
     def _begin(self):
         self.anew()
         state = self.coming.pop(0) if self.coming else None
         self.now = (_Pass if has_numbers(self.dl) else _StreamPass)(self.dl, state)
         self.begun.append(self.now.state())
+
+# %% ../nbs/01_shortepoch.ipynb #5d000411
+@patch
+def take(self:_Passes, n, skip=0, ready=None):
+    "The next `n` batches but the first `skip`, not loaded if that can be; `ready` is called before the others"
+    given = idle = 0
+    while given < n and idle < 2: # it would ask for ever where two passes have no batch
+        if ready and given >= skip:
+            ready()
+            ready = None
+        if self.now is None: self._begin()
+        before,at = given,self.now.at
+        if given < skip:
+            self.now.skip(skip-given)
+            given += self.now.at-at
+        else:
+            for b in self.now.rest(n-given):
+                given += 1
+                yield b
+        if self.now.over: self.end()
+        idle = 0 if given > before else idle+1
 
 # %% ../nbs/01_shortepoch.ipynb #5d000010
 @patch
@@ -279,18 +280,19 @@ def close(self:_Passes):
     if self.now: self.now.close()
     self.now = None
 
+# %% ../nbs/01_shortepoch.ipynb #5d000012
 @patch
 def mark(self:_Passes):
     "An epoch begins here"
     self.within = self.now is not None
     self.begun = [self.now.state()] if self.within else []
 
-# %% ../nbs/01_shortepoch.ipynb #5d000012
 @patch
 def state(self:_Passes):
     rng = getattr(vars(self.dl).get('dl', self.dl), 'rng', None)
     return dict(passes=self.begun+self.coming, within=self.within, rng=rng and rng.getstate())
 
+# %% ../nbs/01_shortepoch.ipynb #5d000412
 @patch
 def load_state(self:_Passes, state):
     "Go on at the mark of another process"
@@ -311,21 +313,21 @@ def _resumed(self:ShortEpochCallback, n):
     self._remember()
     return _Batches(n, partial(_rest_of_part, self._passes, n))
 
+def _rest_of_part(passes, n, numbers, ready):
+    "The last batches of the next `n` of `passes`"
+    check('numbers', numbers, list, 'the last ones of the part', lambda o: o == [*range(n)][n-len(o):])
+    return passes.take(n, n-len(numbers), ready)
+
+# %% ../nbs/01_shortepoch.ipynb #5d000413
 @patch
 def _begin_passes(self:ShortEpochCallback, n):
     if self._passes: self._passes.close()
     self._passes = _Passes(self.dl, self._new_pass)
     self._passes.data = self.dls.train
     state,self._state = self._state,None
-    if state: self._passes.load_state(state)
-    else: # `fit(start_epoch=k)` skips `k` epochs
-        k = sum(cb._skip_to for cb in self.learn.cbs if isinstance(cb, SkipToEpoch))
-        for _ in self._passes.take(k*n, skip=k*n): pass
-
-def _rest_of_part(passes, n, numbers, ready):
-    "The last batches of the next `n` of `passes`"
-    check('numbers', numbers, list, 'the last ones of the part', lambda o: o == [*range(n)][n-len(o):])
-    return passes.take(n, n-len(numbers), ready)
+    if state: return self._passes.load_state(state)
+    k = sum(cb._skip_to for cb in self.learn.cbs if isinstance(cb, SkipToEpoch)) # `fit(start_epoch=k)` skips `k` epochs
+    for _ in self._passes.take(k*n, skip=k*n): pass
 
 # %% ../nbs/01_shortepoch.ipynb #5d000014
 @patch
@@ -352,14 +354,15 @@ def _memory(model):
     def kept(attrs): return {k: _copied(v) for k,v in attrs.items() if _has_tensors(v)}
     return {n: (kept(vars(m)), kept(m._buffers)) for n,m in parts.items()}
 
+def _has_tensors(o): return isinstance(o, Tensor) or isinstance(o, (list, tuple, L)) and any(map(_has_tensors, o))
+def _copied(b): return apply(lambda o: o.detach().clone() if isinstance(o, Tensor) else o, b)
+
+# %% ../nbs/01_shortepoch.ipynb #5d000414
 def _set_memory(model, memory):
     parts = dict(model.named_modules())
     for n,(attrs,buffers) in memory.items():
         vars(parts[n]).update(_copied(attrs))
         for k,v in buffers.items(): parts[n]._buffers[k].copy_(v)
-
-def _has_tensors(o): return isinstance(o, Tensor) or isinstance(o, (list, tuple, L)) and any(map(_has_tensors, o))
-def _copied(b): return apply(lambda o: o.detach().clone() if isinstance(o, Tensor) else o, b)
 
 # %% ../nbs/01_shortepoch.ipynb #5d000016
 @patch
@@ -373,6 +376,7 @@ def _copies(batches, numbers, ready):
     if ready: ready()
     return (_copied(batches[i]) for i in numbers)
 
+# %% ../nbs/01_shortepoch.ipynb #5d000416
 @patch
 def state_dict(self:ShortEpochCallback):
     "What it takes to see the same batches in a fit that goes on in another process"
@@ -392,11 +396,9 @@ def _dry(learn, fit, *args, **kwargs):
     if kwargs.get('cbs') is not None: kwargs['cbs'] = L(kwargs['cbs']) # it may be a generator
     given = [o for o in (*args, *kwargs.values()) if isinstance(o, (Callback, list, tuple, L))]
     cbs = [cb for o in (learn.cbs, *given) for cb in L(o)]
-    dry = any(isinstance(cb, ShortEpochCallback) and cb.dry_run for cb in cbs)
-    finds_lr = any(isinstance(cb, LRFinder) for cb in cbs)
+    dry = any(isinstance(cb, ShortEpochCallback) and cb.dry_run for cb in cbs) and not _finds_lr(cbs)
     inside = isinstance(learn.path, _Aside)
-    with _nothing_left(learn, cbs) if dry and not (inside or finds_lr) else nullcontext():
-        return fit(learn, *args, **kwargs)
+    with _nothing_left(learn, cbs) if dry and not inside else nullcontext(): return fit(learn, *args, **kwargs)
 
 # %% ../nbs/01_shortepoch.ipynb #5d000022
 @contextmanager
@@ -405,8 +407,7 @@ def _nothing_left(learn, cbs):
     before,folder = _Before(),_folder()
     try:
         before.note_all(learn, *cbs)
-        aside = type('_Aside', (_Aside,), dict(folder=folder, touched=set()))
-        learn.path = aside(_below(folder, learn.path))
+        learn.path = _aside(learn.path, folder)
         for cb in cbs: # TensorBoard's
             if _is_known(cb) and 'log_dir' in vars(cb): cb.log_dir = _below(folder, cb.log_dir or 'runs')
         yield
@@ -427,39 +428,40 @@ def _folder():
 _containers = dict,list,set,tuple
 _loaders = DataLoaders,DataLoader,TorchLoader,Sampler,_FakeLoader
 _lazy = LazyModuleMixin,UninitializedTensorMixin # they change their class when they are used
-_made_of_parts = (Learner, Callback, Metric, nn.Module, BaseLoss, _BaseOptimizer, torch.optim.Optimizer, L, *_loaders)
+_made_of_parts = Learner,Callback,Metric,nn.Module,BaseLoss,_BaseOptimizer,torch.optim.Optimizer,L,*_loaders
 
 class _Before:
     "What objects are made of, to be put back"
     def __init__(self): self.seen,self.stored,self.undo = {},set(),[]
+    def put_back(self):
+        for f in reversed(self.undo): f()
 
     def note_all(self, *objects):
         for o in objects: self.note(o)
         self.undo.append(partial(set_random_states, **get_random_states()))
-        if torch.backends.mps.is_available(): self.undo.append(partial(torch.mps.set_rng_state, torch.mps.get_rng_state()))
-
-    def put_back(self):
-        for f in reversed(self.undo): f()
+        mps = torch.mps if torch.backends.mps.is_available() else None
+        if mps: self.undo.append(partial(mps.set_rng_state, mps.get_rng_state()))
 
 # %% ../nbs/01_shortepoch.ipynb #5d000310
 @patch
 def note(self:_Before, o, deep=True):
-    "Note `o` and its parts; of a loader or a callback, which are not `deep`, no tensors and no lists in lists"
+    "Note `o` and its parts; if not `deep`, no tensors, and of the items in containers those with parts"
     if self.seen.get(id(o), -1) >= deep or isinstance(o, Callback) and not _is_known(o): return
     self.seen[id(o)] = deep
     if isinstance(o, _lazy): self.undo.append(partial(setattr, o, '__class__', type(o)))
-    if isinstance(o, Tensor): return deep and self.tensor(o)
-    if isinstance(o, _containers): parts = self.container(o)
-    elif isinstance(o, _made_of_parts): parts = self.container(vars(o))
-    else: return self.generator(o)
+    if isinstance(o, Tensor): return deep and self._tensor(o)
+    if isinstance(o, _containers): parts = self._container(o)
+    elif isinstance(o, _made_of_parts): parts = self._container(vars(o))
+    else: return self._generator(o)
     if isinstance(o, nn.Module): # what a script has is no attribute
         parts += [*o.children(), *o.parameters(), *o.buffers()]
         self.undo.append(partial(setattr, o, 'training', o.training))
     if not deep and isinstance(o, _containers): parts = [p for p in parts if isinstance(p, _made_of_parts)]
     for p in parts: self.note(p, deep and not isinstance(o, (Callback, *_loaders)))
 
+# %% ../nbs/01_shortepoch.ipynb #5d000417
 @patch
-def container(self:_Before, o):
+def _container(self:_Before, o):
     "Note the items of a container, and return them"
     items = dict(o) if isinstance(o, dict) else list(o)
     def undo():
@@ -475,28 +477,29 @@ def _is_known(cb):
 
 # %% ../nbs/01_shortepoch.ipynb #5d000026
 @patch
-def tensor(self:_Before, o):
-    "A tensor's values, which it may share, its gradient and its place"
+def _tensor(self:_Before, o):
+    "Note a tensor's values, its gradient and its place"
     if not o.is_leaf: o = o.detach()
     data = torch.empty(0, device=o.device) if isinstance(o, UninitializedTensorMixin) else o.data
     grad,requires = o.grad,o.requires_grad
     if grad is not None: self.note(grad)
-    self.undo.append(partial(data.copy_, data.clone())) if data.is_sparse else self.storage(data.untyped_storage())
+    if data.is_sparse: self.undo.append(partial(data.copy_, data.clone()))
+    else: self._storage(data.untyped_storage())
     def undo():
         o.grad,o.data = None,data
         o.requires_grad,o.grad = requires,grad
     self.undo.append(undo)
 
 @patch
-def storage(self:_Before, o):
-    "The bytes of tensors, once"
+def _storage(self:_Before, o):
     if o.data_ptr() in self.stored: return
     self.stored.add(o.data_ptr())
     self.undo.append(partial(o.copy_, o.cpu() if o.is_cuda else o.clone()))
 
+# %% ../nbs/01_shortepoch.ipynb #5d000419
 @patch
-def generator(self:_Before, o):
-    "Note a generator of random numbers"
+def _generator(self:_Before, o):
+    "Note a generator of random numbers, as loaders and samplers have them"
     if isinstance(o, random.Random): undo = partial(o.setstate, o.getstate())
     elif isinstance(o, (torch.Generator, np.random.RandomState)): undo = partial(o.set_state, o.get_state())
     elif isinstance(o, np.random.Generator): undo = partial(setattr, o.bit_generator, 'state', o.bit_generator.state)
@@ -505,9 +508,8 @@ def generator(self:_Before, o):
 
 # %% ../nbs/01_shortepoch.ipynb #5d000028
 class _Aside(type(Path())):
-    "A path that leads to its place below `folder`, with what is there where it is touched"
+    "A path below `folder`, to which what is there in the original is copied when it is touched"
     folder,touched = '',set()
-
     def __str__(self):
         path = super().__str__()
         if not os.path.isabs(path): return path
@@ -516,21 +518,26 @@ class _Aside(type(Path())):
 
     def __fspath__(self):
         here = str(self)
-        there = here.removeprefix(self.folder)
-        if there != here and here not in self.touched:
+        if here.startswith(self.folder) and here not in self.touched:
             self.touched.add(here)
-            if not os.path.lexists(here): _copy(there, here)
+            if not os.path.lexists(here): _copy(self._original(), here)
         return here
-
-    def iterdir(self):
-        here = os.fspath(self)
-        there = here.removeprefix(self.folder)
-        untouched = os.listdir(there) if os.path.isdir(there) else ()
-        untouched = [o for o in untouched if os.path.join(here, o) not in self.touched]
-        return (self/o for o in sorted({*os.listdir(here), *untouched}))
 
     def __reduce__(self): return Path,(str(self),)
 
+# %% ../nbs/01_shortepoch.ipynb #5d000421
+@patch
+def _original(self:_Aside): return str(self).removeprefix(self.folder)
+
+@patch
+def iterdir(self:_Aside):
+    here,there = os.fspath(self),self._original()
+    untouched = os.listdir(there) if os.path.isdir(there) else ()
+    untouched = [o for o in untouched if os.path.join(here, o) not in self.touched]
+    return (self/o for o in sorted({*os.listdir(here), *untouched}))
+
+# %% ../nbs/01_shortepoch.ipynb #5d000422
+def _aside(path, folder): return type('_Aside', (_Aside,), dict(folder=folder, touched=set()))(_below(folder, path))
 def _below(folder, path): return folder+os.path.splitdrive(os.path.abspath(path))[1]
 
 def _copy(there, here):
