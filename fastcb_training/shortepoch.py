@@ -445,7 +445,7 @@ class _Before:
 # %% ../nbs/01_shortepoch.ipynb #5d000310
 @patch
 def note(self:_Before, o, deep=True):
-    "Note `o` and its parts; if not `deep`, no tensors, and of the items in containers those with parts"
+    "Note `o` and its parts; if not `deep`, no tensors, and of containers only those of parts"
     if self.seen.get(id(o), -1) >= deep or isinstance(o, Callback) and not _is_known(o): return
     self.seen[id(o)] = deep
     if isinstance(o, _lazy): self.undo.append(partial(setattr, o, '__class__', type(o)))
@@ -456,7 +456,8 @@ def note(self:_Before, o, deep=True):
     if isinstance(o, nn.Module): # what a script has is no attribute
         parts += [*o.children(), *o.parameters(), *o.buffers()]
         self.undo.append(partial(setattr, o, 'training', o.training))
-    if not deep and isinstance(o, _containers): parts = [p for p in parts if isinstance(p, _made_of_parts)]
+    if not deep and isinstance(o, _containers): # one that is long holds data or records
+        parts = [p for p in parts[:100] if isinstance(p, _made_of_parts)]
     for p in parts: self.note(p, deep and not isinstance(o, (Callback, *_loaders)))
 
 # %% ../nbs/01_shortepoch.ipynb #5d000417
