@@ -28,12 +28,10 @@ __all__ = ['ShortEpochCallback']
 
 # %% ../nbs/01_shortepoch.ipynb #bdff14e5
 import os,random,shutil,torch
-from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from fractions import Fraction
 from functools import partial
-from inspect import signature
 from itertools import chain, islice
 from math import ceil
 from numbers import Integral, Real
@@ -49,11 +47,12 @@ from fastai.data.load import DataLoader, _FakeLoader
 from fastai.learner import Learner, Metric, SkipToEpoch
 from fastai.losses import BaseLoss
 from fastai.optimizer import _BaseOptimizer
-from fastai.torch_core import apply, distrib_barrier, rank_distrib
+from fastai.torch_core import apply, distrib_barrier, get_random_states, rank_distrib, set_random_states
 from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils.data import BatchSampler, DataLoader as TorchLoader, Sampler
 
 from .core import (ExactBatches, FitCallback, LoaderView, NumberedPass, around, check, first_batches,
@@ -108,9 +107,10 @@ def after_fit(self:ShortEpochCallback):
     if self._passes and not self._looking: self._passes.end()
     FitCallback.after_fit(self)
 
+# %% ../nbs/01_shortepoch.ipynb #5d000401
 @patch
 def before_train(self:ShortEpochCallback):
-    if self._finds_lr: return
+    if _finds_lr(self.learn.cbs): return
     self._begin()
     n = self._n('dls.train', 'n_batches', self.n_batches, self.resume)
     if n == 0:
@@ -123,15 +123,14 @@ def before_train(self:ShortEpochCallback):
 # %% ../nbs/01_shortepoch.ipynb #5d000301
 @patch
 def before_validate(self:ShortEpochCallback):
-    if self._looking or self._finds_lr: return
+    if self._looking or _finds_lr(self.learn.cbs): return
     self._begin()
     if self._same: return self._show_same()
     n = self._n('dls.valid', 'n_valid', self.n_valid or (self.n_batches if self.short_valid else None))
     whole = n == 0 or n == _length(self.dl) or not has_numbers(self.dl)
     if n: self._show(n, self.dl if whole else _Batches(n, partial(_spread, self.dl, n)))
 
-@patch(as_prop=True)
-def _finds_lr(self:ShortEpochCallback): return any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
+def _finds_lr(cbs): return any(isinstance(cb, LRFinder) for cb in cbs)
 
 # %% ../nbs/01_shortepoch.ipynb #5d000005
 @patch
@@ -150,6 +149,7 @@ def _length(dl):
     try: return len(dl)
     except TypeError: return None # a stream
 
+# %% ../nbs/01_shortepoch.ipynb #5d000403
 @patch
 def _show(self:ShortEpochCallback, n, batches, dl=None):
     self.learn.dl = _ShortView(self.dl if dl is None else dl, n, batches, self)
@@ -174,19 +174,19 @@ class _Batches:
         numbers = list(numbers)
         return ExactBatches(len(numbers), self.load(numbers, ready))
 
+# %% ../nbs/01_shortepoch.ipynb #5d000405
 def _spread(dl, n, numbers, ready):
     "Batches of items that lie evenly in the set of `dl`, from its first to its last"
     def pick(batches):
-        if _are_apart(dl):
-            size = len(batches[0])
-            items = _evenly(list(chain(*batches)), n*size)
-            batches = [items[i:i+size] for i in range(0, n*size, size)]
-        else: batches = _evenly(batches, n)
-        return [batches[i] for i in numbers]
+        if not _are_apart(dl): return [_evenly(batches, n)[i] for i in numbers]
+        size = len(batches[0])
+        items = _evenly(list(chain(*batches)), n*size)
+        return [items[i*size:(i+1)*size] for i in numbers]
     return picked_batches(dl, pick, ready)
 
 def _evenly(items, n): return [items[i*(len(items)-1)//max(n-1, 1)] for i in range(n)]
 
+# %% ../nbs/01_shortepoch.ipynb #5d000406
 def _are_apart(dl):
     "May an item of `dl` be in any batch?"
     if isinstance(dl, TorchLoader): return type(dl.batch_sampler) is BatchSampler
@@ -194,122 +194,115 @@ def _are_apart(dl):
     return type(dl).create_item is DataLoader.create_item and 'create_item' not in vars(dl)
 
 # %% ../nbs/01_shortepoch.ipynb #c2facb84
-class _Passes:
-    "The batches of `dl`, one pass after the other, and the place in them"
-    def __init__(self, dl, new_pass):
-        store_attr()
-        self.now,self.at,self.coming,self.begun = None,0,[],[]
+class _Pass(NumberedPass):
+    "A pass over a loader with numbers: the indices of all its batches, and a place `at` in them"
+    at = 0
+    over = property(lambda self: self.at == len(self.batches))
+    def skip(self, n): self.at = min(self.at+n, len(self.batches))
+    def state(self): return self.batches[self.at:],self.seed
+    def close(self): "Each `rest` has workers of its own"
 
-    def take(self, n, skip=0, ready=None):
-        "The next `n` batches but the first `skip`, not loaded if that can be; `ready` is called before the others"
-        given,empty,self.ready = 0,False,ready
-        while given < n:
-            if given >= skip: self._get_ready()
-            if self.now is None:
-                if given: self.new_pass()
-                self._begin()
-            before = given
-            for b in self._rest(n-given, max(skip-given, 0)):
-                given += 1
-                if b is not _skipped: yield b
-            if given == before and empty: return # nothing in a whole pass: it would be asked for ever
-            empty = given == before
-
-    def _begin(self):
-        state = self.coming.pop(0) if self.coming else None
-        if has_numbers(self.dl): self.now = NumberedPass(self.dl, state)
-        else: self.now = first_batches(self.dl, _length(self.dl))
-        self.at = 0
-        self._note()
-
-    def _note(self): self.begun.append((self.now, self.at, getattr(self.now, 'seed', None)))
-
-# %% ../nbs/01_shortepoch.ipynb #5d000009
-@patch
-def _rest(self:_Passes, n, skip):
-    "At most `n` more batches of this pass"
-    if isinstance(self.now, NumberedPass): return self._numbered_rest(n, skip)
-    return self._stream_rest(n, skip)
-
-@patch
-def _numbered_rest(self:_Passes, n, skip):
-    whole,start = self.now.batches,self.at
-    some = whole[start:start+n]
-    skip = min(skip, len(some))
-    self.at += skip
-    yield from [_skipped]*skip
-    if skip < len(some):
-        self._get_ready()
-        for b in self.now.load(some[skip:]):
+    def rest(self, n):
+        end = min(self.at+n, len(self.batches))
+        for b in self.load(self.batches[self.at:end]):
             self.at += 1
             yield b
-    self.at = start+len(some)
-    if self.at == len(whole): self.end()
+        self.at = end # also if all items of a batch were skipped
+
+# %% ../nbs/01_shortepoch.ipynb #5d000009
+class _StreamPass:
+    "A pass over any loader, which is read as it comes; the first `at` batches are read at once"
+    def __init__(self, dl, at=None):
+        self.dl,self.at,self.over = dl,0,False
+        self.batches = first_batches(dl, _length(dl))
+        if at: self.skip(at)
+
+    def skip(self, n):
+        for _ in self.rest(n): pass
+
+    def rest(self, n):
+        end = self.at+n
+        for b in islice(self.batches, n):
+            self.at += 1
+            yield b
+        self.over = self.at < end or self.at == _length(self.dl)
+        if self.over: next(self.batches, None) # which ends the pass, as the loader does
+
+    def state(self): return self.at
+    def close(self): self.batches.close()
+
+    def end(self):
+        self.close()
+        if not self.over and isinstance(self.dl, DataLoader): self.dl.after_iter()
 
 # %% ../nbs/01_shortepoch.ipynb #5d000304
-@patch
-def _stream_rest(self:_Passes, n, skip):
-    given = 0
-    if not skip: self._get_ready()
-    for given,b in enumerate(islice(self.now, n), 1):
-        self.at += 1
-        yield _skipped if given <= skip else b
-        if given == skip < n: self._get_ready()
-    if given < n: self.now = None
-    elif self.at == _length(self.dl): # it ends here, which is only seen by asking on
-        next(self.now, None)
-        self.now = None
+class _Passes:
+    "The batches of `dl`, one pass after the other; `anew` is called when one begins"
+    now,within = None,False
+    def __init__(self, dl, anew): self.dl,self.anew,self.coming,self.begun = dl,anew,[],[]
 
-@patch
-def _get_ready(self:_Passes):
-    ready,self.ready = self.ready,None
-    if ready: ready()
+    def _begin(self):
+        self.anew()
+        state = self.coming.pop(0) if self.coming else None
+        self.now = (_Pass if has_numbers(self.dl) else _StreamPass)(self.dl, state)
+        self.begun.append(self.now.state())
 
-_skipped = object()
+# %% ../nbs/01_shortepoch.ipynb #5d000411
+@patch
+def take(self:_Passes, n, skip=0, ready=None):
+    "The next `n` batches but the first `skip`, not loaded if that can be; `ready` is called before the others"
+    given = idle = 0
+    while given < n and idle < 2: # it would ask for ever where two passes have no batch
+        if ready and given >= skip:
+            ready()
+            ready = None
+        if self.now is None: self._begin()
+        before,at = given,self.now.at
+        if given < skip:
+            self.now.skip(skip-given)
+            given += self.now.at-at
+        else:
+            for b in self.now.rest(n-given):
+                given += 1
+                yield b
+        if self.now.over: self.end()
+        idle = 0 if given > before else idle+1
 
 # %% ../nbs/01_shortepoch.ipynb #5d000010
 @patch
 def end(self:_Passes):
-    "The pass is over"
-    if isinstance(self.now, NumberedPass): self.now.end()
-    elif self.now is not None:
-        self.now.close()
-        if isinstance(self.dl, DataLoader): self.dl.after_iter()
+    "The present pass is over"
+    if self.now: self.now.end()
     self.now = None
 
 @patch
 def close(self:_Passes):
-    if hasattr(self.now, 'close'): self.now.close()
+    if self.now: self.now.close()
     self.now = None
-
-@patch
-def __getstate__(self:_Passes): return vars(self) | dict(now=None, begun=[]) # a copy begins with a pass of its own
-
-@patch
-def mark(self:_Passes):
-    "An epoch begins here"
-    self.begun = []
-    if self.now is not None: self._note()
 
 # %% ../nbs/01_shortepoch.ipynb #5d000012
 @patch
-def state(self:_Passes):
-    if not has_numbers(self.dl): return dict(at=self.begun[0][1] if self.begun else 0)
-    passes = [(o.batches[at:], seed) for o,at,seed in self.begun]+self.coming
-    rng = getattr(vars(self.dl).get('dl', self.dl), 'rng', None)
-    return dict(passes=passes, rng=rng and rng.getstate(), within=bool(self.begun and self.begun[0][1]))
+def mark(self:_Passes):
+    "An epoch begins here"
+    self.within = self.now is not None
+    self.begun = [self.now.state()] if self.within else []
 
+@patch
+def state(self:_Passes):
+    rng = getattr(vars(self.dl).get('dl', self.dl), 'rng', None)
+    return dict(passes=self.begun+self.coming, within=self.within, rng=rng and rng.getstate())
+
+# %% ../nbs/01_shortepoch.ipynb #5d000412
 @patch
 def load_state(self:_Passes, state):
     "Go on at the mark of another process"
-    self.coming = state.get('passes', [])
-    if state.get('rng'):
+    self.coming = state['passes']
+    if state['rng']:
         vars(self.dl).get('dl', self.dl).rng = rng = random.Random()
         rng.setstate(state['rng'])
-    if state.get('within'): # the pass goes on
+    if state['within']:
         self._begin()
         self.mark()
-    for _ in self.take(state.get('at', 0)): pass # of a stream
 
 # %% ../nbs/01_shortepoch.ipynb #93605a77
 @patch
@@ -320,21 +313,21 @@ def _resumed(self:ShortEpochCallback, n):
     self._remember()
     return _Batches(n, partial(_rest_of_part, self._passes, n))
 
+def _rest_of_part(passes, n, numbers, ready):
+    "The last batches of the next `n` of `passes`"
+    check('numbers', numbers, list, 'the last ones of the part', lambda o: o == [*range(n)][n-len(o):])
+    return passes.take(n, n-len(numbers), ready)
+
+# %% ../nbs/01_shortepoch.ipynb #5d000413
 @patch
 def _begin_passes(self:ShortEpochCallback, n):
     if self._passes: self._passes.close()
     self._passes = _Passes(self.dl, self._new_pass)
     self._passes.data = self.dls.train
     state,self._state = self._state,None
-    if state: self._passes.load_state(state)
-    else: # `fit(start_epoch=k)` skips `k` epochs
-        k = sum(cb._skip_to for cb in self.learn.cbs if isinstance(cb, SkipToEpoch))
-        for _ in self._passes.take(k*n, skip=k*n): pass
-
-def _rest_of_part(passes, n, numbers, ready):
-    "The last batches of the next `n` of `passes`"
-    check('numbers', numbers, list, 'the last ones of the part', lambda o: o == [*range(n)][n-len(o):])
-    return passes.take(n, n-len(numbers), ready)
+    if state: return self._passes.load_state(state)
+    k = sum(cb._skip_to for cb in self.learn.cbs if isinstance(cb, SkipToEpoch)) # `fit(start_epoch=k)` skips `k` epochs
+    for _ in self._passes.take(k*n, skip=k*n): pass
 
 # %% ../nbs/01_shortepoch.ipynb #5d000014
 @patch
@@ -361,14 +354,15 @@ def _memory(model):
     def kept(attrs): return {k: _copied(v) for k,v in attrs.items() if _has_tensors(v)}
     return {n: (kept(vars(m)), kept(m._buffers)) for n,m in parts.items()}
 
+def _has_tensors(o): return isinstance(o, Tensor) or isinstance(o, (list, tuple, L)) and any(map(_has_tensors, o))
+def _copied(b): return apply(lambda o: o.detach().clone() if isinstance(o, Tensor) else o, b)
+
+# %% ../nbs/01_shortepoch.ipynb #5d000414
 def _set_memory(model, memory):
     parts = dict(model.named_modules())
     for n,(attrs,buffers) in memory.items():
         vars(parts[n]).update(_copied(attrs))
         for k,v in buffers.items(): parts[n]._buffers[k].copy_(v)
-
-def _has_tensors(o): return isinstance(o, Tensor) or isinstance(o, (list, tuple, L)) and any(map(_has_tensors, o))
-def _copied(b): return apply(lambda o: o.detach().clone() if isinstance(o, Tensor) else o, b)
 
 # %% ../nbs/01_shortepoch.ipynb #5d000016
 @patch
@@ -382,6 +376,7 @@ def _copies(batches, numbers, ready):
     if ready: ready()
     return (_copied(batches[i]) for i in numbers)
 
+# %% ../nbs/01_shortepoch.ipynb #5d000416
 @patch
 def state_dict(self:ShortEpochCallback):
     "What it takes to see the same batches in a fit that goes on in another process"
@@ -398,34 +393,30 @@ def load_state_dict(self:ShortEpochCallback, state):
 @around('fit', 'fit_one_cycle', 'fit_flat_cos', 'fit_sgdr', 'fine_tune')
 def _dry(learn, fit, *args, **kwargs):
     "Leave nothing behind if a callback says so"
-    call = signature(fit).bind(learn, *args, **kwargs)
-    given = call.arguments if 'cbs' in call.arguments else call.arguments.get('kwargs', {})
-    if given.get('cbs') is None: cbs = L()
-    else: cbs = given['cbs'] = L(given['cbs'])
-    dry = any(map(_is_dry, cbs+learn.cbs)) and not any(map(_finds_lr, cbs))
-    inside = isinstance(learn.path, _Aside) # a dry run
-    with _nothing_left(learn, cbs) if dry and not inside else nullcontext(): return fit(*call.args, **call.kwargs)
-
-def _is_dry(cb): return isinstance(cb, ShortEpochCallback) and cb.dry_run
-def _finds_lr(cb): return cb is LRFinder or isinstance(cb, LRFinder)
+    if kwargs.get('cbs') is not None: kwargs['cbs'] = L(kwargs['cbs']) # it may be a generator
+    given = [o for o in (*args, *kwargs.values()) if isinstance(o, (Callback, list, tuple, L))]
+    cbs = [cb for o in (learn.cbs, *given) for cb in L(o)]
+    dry = any(isinstance(cb, ShortEpochCallback) and cb.dry_run for cb in cbs) and not _finds_lr(cbs)
+    inside = isinstance(learn.path, _Aside)
+    with _nothing_left(learn, cbs) if dry and not inside else nullcontext(): return fit(learn, *args, **kwargs)
 
 # %% ../nbs/01_shortepoch.ipynb #5d000022
 @contextmanager
 def _nothing_left(learn, cbs):
-    before = _Before()
-    before.learner(learn, cbs)
-    folder = _folder()
+    "Put back what `learn` and `cbs` are made of; their files are written elsewhere"
+    before,folder = _Before(),_folder()
     try:
+        before.note_all(learn, *cbs)
         learn.path = _aside(learn.path, folder)
-        for cb in cbs+learn.cbs: # TensorBoard's
-            if not isinstance(cb, Callback) or 'log_dir' not in vars(cb): continue
-            cb.log_dir = os.fspath(_aside(cb.log_dir or 'runs', folder))
+        for cb in cbs: # TensorBoard's
+            if _is_known(cb) and 'log_dir' in vars(cb): cb.log_dir = _below(folder, cb.log_dir or 'runs')
         yield
         distrib_barrier() # the others may still read
     finally:
         before.put_back()
         if not rank_distrib(): shutil.rmtree(folder, ignore_errors=True)
 
+# %% ../nbs/01_shortepoch.ipynb #5d000340
 def _folder():
     "A new folder, the same for all processes"
     spread = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -434,153 +425,125 @@ def _folder():
     return names[0]
 
 # %% ../nbs/01_shortepoch.ipynb #5d000024
+_containers = dict,list,set,tuple
+_loaders = DataLoaders,DataLoader,TorchLoader,Sampler,_FakeLoader
+_lazy = LazyModuleMixin,UninitializedTensorMixin # they change their class when they are used
+_made_of_parts = Learner,Callback,Metric,nn.Module,BaseLoss,_BaseOptimizer,torch.optim.Optimizer,L,*_loaders
+
 class _Before:
-    "What a Learner is made of, to be put back"
-    def __init__(self): self.seen,self.walked,self.stored,self.undo = {},set(),set(),[]
-
-    def learner(self, learn, cbs):
-        self.attrs(learn)
-        self.contents(learn.cbs)
-        for o in learn.model,learn.loss_func,learn.opt,learn.opt_func: self.deep(o)
-        for cb in cbs+learn.cbs:
-            if _is_known(cb): self.attrs(cb)
-        for o in learn.metrics:
-            if _is_known(o): self.attrs(o)
-        self.loader(learn.dls)
-        self.numbers()
-
+    "What objects are made of, to be put back"
+    def __init__(self): self.seen,self.stored,self.undo = {},set(),[]
     def put_back(self):
         for f in reversed(self.undo): f()
 
-    def new(self, o):
-        "Has `o` not been seen yet?"
-        is_new = id(o) not in self.seen
-        self.seen[id(o)] = o # an object that is gone would leave its id to another
-        return is_new
+    def note_all(self, *objects):
+        for o in objects: self.note(o)
+        self.undo.append(partial(set_random_states, **get_random_states()))
+        mps = torch.mps if torch.backends.mps.is_available() else None
+        if mps: self.undo.append(partial(mps.set_rng_state, mps.get_rng_state()))
 
 # %% ../nbs/01_shortepoch.ipynb #5d000310
-def _is_known(o):
-    "Is it, or is it derived from, a callback or metric of fastai's or ours?"
-    return any(c.__module__.partition('.')[0] in ('fastai', 'fastcb_training') and c.__name__ not in _bases
-               for c in type(o).__mro__)
-
-_bases = 'Callback','FitCallback','Metric'
-
 @patch
-def attrs(self:_Before, o):
-    "The attributes of `o`, and the items of those that are containers"
-    if not self.new(o): return
-    self.contents(vars(o))
-    for v in [*vars(o).values()]:
-        if isinstance(v, (dict, list, set, L)): self.contents(v)
-        elif isinstance(v, Metric): self.attrs(v) # the Recorder's losses
+def note(self:_Before, o, deep=True):
+    "Note `o` and its parts; if not `deep`, no tensors, and of containers only those of parts"
+    if self.seen.get(id(o), -1) >= deep or isinstance(o, Callback) and not _is_known(o): return
+    self.seen[id(o)] = deep
+    if isinstance(o, _lazy): self.undo.append(partial(setattr, o, '__class__', type(o)))
+    if isinstance(o, Tensor): return deep and self._tensor(o)
+    if isinstance(o, _containers): parts = self._container(o)
+    elif isinstance(o, _made_of_parts): parts = self._container(vars(o))
+    else: return self._generator(o)
+    if isinstance(o, nn.Module): # what a script has is no attribute
+        parts += [*o.children(), *o.parameters(), *o.buffers()]
+        self.undo.append(partial(setattr, o, 'training', o.training))
+    if not deep and isinstance(o, _containers): # one that is long holds data or records
+        parts = [p for p in parts[:100] if isinstance(p, _made_of_parts)]
+    for p in parts: self.note(p, deep and not isinstance(o, (Callback, *_loaders)))
 
+# %% ../nbs/01_shortepoch.ipynb #5d000417
 @patch
-def contents(self:_Before, o):
-    "The items of a container"
-    if isinstance(o, L): o = o.items
-    if not isinstance(o, (dict, list, set)) or not self.new(o): return
-    before = copy(o)
+def _container(self:_Before, o):
+    "Note the items of a container, and return them"
+    items = dict(o) if isinstance(o, dict) else list(o)
     def undo():
         o.clear()
-        (o.extend if isinstance(o, list) else o.update)(before)
-    self.undo.append(undo)
+        (o.extend if isinstance(o, list) else o.update)(items)
+    if not isinstance(o, tuple): self.undo.append(undo)
+    return list(items.values()) if isinstance(o, dict) else items
 
-# %% ../nbs/01_shortepoch.ipynb #5d000311
-@patch
-def deep(self:_Before, o):
-    "All that `o` is made of"
-    if isinstance(o, Tensor): return self.tensor(o)
-    if isinstance(o, (nn.Module, _BaseOptimizer, torch.optim.Optimizer, BaseLoss)):
-        if id(o) in self.seen: return
-        self.attrs(o)
-        parts = [*vars(o).values()]
-        if isinstance(o, nn.Module): parts += [*o.parameters(), *o.buffers()] # those of a script are no attributes
-    elif isinstance(o, (Mapping, list, tuple, set, L)):
-        if isinstance(o, tuple): parts = o
-        else:
-            if id(o) in self.walked: return
-            self.walked.add(id(o))
-            self.contents(o)
-            parts = list(o.values()) if isinstance(o, Mapping) else list(o)
-    else: return
-    for part in parts: self.deep(part)
+def _is_known(cb):
+    "Is the class of `cb`, or one that it is derived from, fastai's or ours?"
+    classes = set(type(cb).__mro__)-{Callback, FitCallback}
+    return any(c.__module__.startswith(('fastai.', 'fastcb_training.')) for c in classes)
 
 # %% ../nbs/01_shortepoch.ipynb #5d000026
 @patch
-def tensor(self:_Before, o):
-    "A tensor's values, gradient and place"
-    if is_lazy(o) or not self.new(o): return
-    data,grad,requires = o.data,o.grad if o.is_leaf else None,o.requires_grad
-    self.storage(data.untyped_storage())
-    if grad is not None: self.tensor(grad)
+def _tensor(self:_Before, o):
+    "Note a tensor's values, its gradient and its place"
+    if not o.is_leaf: o = o.detach()
+    data = torch.empty(0, device=o.device) if isinstance(o, UninitializedTensorMixin) else o.data
+    grad,requires = o.grad,o.requires_grad
+    if grad is not None: self.note(grad)
+    if data.is_sparse: self.undo.append(partial(data.copy_, data.clone()))
+    else: self._storage(data.untyped_storage())
     def undo():
-        if o.is_leaf:
-            o.grad,o.data = None,data
-            o.requires_grad_(requires)
-            o.grad = grad
+        o.grad,o.data = None,data
+        o.requires_grad,o.grad = requires,grad
     self.undo.append(undo)
 
 @patch
-def storage(self:_Before, o):
-    "The bytes of tensors, which may share them"
+def _storage(self:_Before, o):
     if o.data_ptr() in self.stored: return
     self.stored.add(o.data_ptr())
     self.undo.append(partial(o.copy_, o.cpu() if o.is_cuda else o.clone()))
 
-# %% ../nbs/01_shortepoch.ipynb #5d000312
+# %% ../nbs/01_shortepoch.ipynb #5d000419
 @patch
-def loader(self:_Before, o):
-    "Loaders and their random numbers; never the data"
-    if isinstance(o, (DataLoaders, DataLoader, TorchLoader, Sampler, _FakeLoader)):
-        if not self.new(o): return
-        self.contents(vars(o))
-        for name,v in [*vars(o).items()]:
-            if name != 'dataset': self.loader(v)
-    elif isinstance(o, (list, L)) and all(isinstance(v, (DataLoader, TorchLoader)) for v in o):
-        self.contents(o)
-        for v in o: self.loader(v)
-    elif isinstance(o, random.Random): self.state(o.getstate, o.setstate)
-    elif isinstance(o, torch.Generator): self.state(o.get_state, o.set_state)
-
-@patch
-def state(self:_Before, get, put): self.undo.append(partial(put, get()))
-
-@patch
-def numbers(self:_Before):
-    "Random numbers, on all devices"
-    self.state(random.getstate, random.setstate)
-    self.state(np.random.get_state, np.random.set_state)
-    self.state(torch.get_rng_state, torch.set_rng_state)
-    if torch.cuda.is_available(): self.state(torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all)
-    if torch.backends.mps.is_available(): self.state(torch.mps.get_rng_state, torch.mps.set_rng_state)
+def _generator(self:_Before, o):
+    "Note a generator of random numbers, as loaders and samplers have them"
+    if isinstance(o, random.Random): undo = partial(o.setstate, o.getstate())
+    elif isinstance(o, (torch.Generator, np.random.RandomState)): undo = partial(o.set_state, o.get_state())
+    elif isinstance(o, np.random.Generator): undo = partial(setattr, o.bit_generator, 'state', o.bit_generator.state)
+    else: return
+    self.undo.append(undo)
 
 # %% ../nbs/01_shortepoch.ipynb #5d000028
 class _Aside(type(Path())):
-    "A path in a folder aside, in the place of `original`"
-    original = None
-    def __truediv__(self, other):
-        return _aside(self.original/other, self.folder) if self.original else super().__truediv__(other)
-    def joinpath(self, *others): return self/Path(*others)
-    def iterdir(self):
-        there = self.original.iterdir() if self.original and self.original.is_dir() else ()
-        return (self/n for n in sorted({o.name for o in chain(there, super(_Aside, self).iterdir())}))
-    def __reduce__(self): return Path,(str(self),)
+    "A path below `folder`, to which what is there in the original is copied when it is touched"
+    folder,touched = '',set()
+    def __str__(self):
+        path = super().__str__()
+        if not os.path.isabs(path): return path
+        path = os.path.abspath(path)
+        return path if path.startswith(self.folder) else _below(self.folder, path)
 
     def __fspath__(self):
-        here,there = str(self),self.original
-        if there and not os.path.lexists(here) and here not in self.touched:
+        here = str(self)
+        if here.startswith(self.folder) and here not in self.touched:
             self.touched.add(here)
-            if there.parent.is_dir(): os.makedirs(os.path.dirname(here), exist_ok=True)
-            if there.is_dir(): os.mkdir(here)
-            elif there.is_file(): shutil.copy2(there, here)
+            if not os.path.lexists(here): _copy(self._original(), here)
         return here
 
-    touched = set()
+    def __reduce__(self): return Path,(str(self),)
 
-def _aside(path, folder):
-    original = Path(os.path.abspath(path))
-    if str(original).startswith(folder): return original # it is there already
-    res = _Aside(os.path.join(folder, original.relative_to(original.anchor)))
-    res.original,res.folder = original,folder
-    return res
+# %% ../nbs/01_shortepoch.ipynb #5d000421
+@patch
+def _original(self:_Aside): return str(self).removeprefix(self.folder)
+
+@patch
+def iterdir(self:_Aside):
+    here,there = os.fspath(self),self._original()
+    untouched = os.listdir(there) if os.path.isdir(there) else ()
+    untouched = [o for o in untouched if os.path.join(here, o) not in self.touched]
+    return (self/o for o in sorted({*os.listdir(here), *untouched}))
+
+# %% ../nbs/01_shortepoch.ipynb #5d000422
+def _aside(path, folder): return type('_Aside', (_Aside,), dict(folder=folder, touched=set()))(_below(folder, path))
+def _below(folder, path): return folder+os.path.splitdrive(os.path.abspath(path))[1]
+
+def _copy(there, here):
+    "A file, or an empty folder"
+    if os.path.isdir(os.path.dirname(there)): os.makedirs(os.path.dirname(here), exist_ok=True)
+    if os.path.isdir(there): os.makedirs(here, exist_ok=True)
+    elif os.path.isfile(there): # whole or not at all, as other processes read it
+        os.replace(shutil.copy2(there, f'{here}.{os.getpid()}'), here)

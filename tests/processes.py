@@ -122,6 +122,16 @@ def fit(cbs, n=40, bs=4, n_epoch=2, lr=.01, model=None, loss_func=None, mask=Non
                 state={k: v.clone() for k,v in model.state_dict().items()})
 
 
+def dry_run():
+    "What a dry run with a saver and a table leaves, and where it wrote"
+    learn,paths = linear_learner(regression(40, 4, n_valid=12), path=Path(sys.argv[1])/'dry'),[]
+    learn.path.mkdir(exist_ok=True)
+    cbs = [ShortEpochCallback(n_batches=2, dry_run=True), SaveModelCallback, CSVLogger, At('after_epoch', lambda cb: paths.append(str(cb.learn.path)))]
+    before = weights(learn.model)
+    with learn.distrib_ctx(cpu=True, sync_bn=False): learn.fit(2, .1, cbs=cbs)
+    return dict(same=weights(learn.model).equal(before), paths=paths, files=[*map(str, learn.path.rglob('*'))])
+
+
 class Synchronise(Callback):
     "What `sync_bn=True` does on GPUs: wrapped before it is converted, a model with `SyncBatchNorm` can be on a CPU"
     def before_train(self):
@@ -184,6 +194,8 @@ cases = dict(
     asked=asked,
     short=lambda: fit([ShortEpochCallback(.4)], lr=0.),
     resumed=lambda: fit([ShortEpochCallback(n_batches=2, resume=True)], n_epoch=5, shuffle=True, lr=0.),
+    overfit=lambda: fit([ShortEpochCallback(n_batches=2, overfit=True)], n_epoch=3, shuffle=True),
+    dry_run=dry_run,
     micro=lambda: fit([MicroBatch(3)]),
     micro_accumulated=lambda: fit([MicroBatch(1), GradientAccumulation(8), GradientClip(.5)]),
     micro_unused=lambda: fit([MicroBatch(2)], model=Twice, ctx=dict(

@@ -150,6 +150,19 @@ def test_short_epochs_are_equally_long_on_each_process(seen):
     for r in ranks(seen, 'short'): assert [len(r['xs']), len(r['rows'])] == [2*2, 2]
 
 
+def test_each_process_overfits_on_batches_of_its_own(seen):
+    xs = [torch.stack(r['xs']) for r in ranks(seen, 'overfit')]
+    for x,r in zip(xs, ranks(seen, 'overfit')): assert x.equal(x[:2].repeat(3, 1, 1, 1).view_as(x)) and x.equal(torch.stack(r['valid_xs']))
+    assert len(torch.cat([x[:2].flatten(0, 1) for x in xs]).unique(dim=0)) == len(seen)*2*4
+
+
+def test_a_dry_run_of_several_processes_writes_to_one_folder_and_leaves_nothing(seen):
+    both = ranks(seen, 'dry_run')
+    assert all(r['same'] and not r['files'] for r in both)
+    folder, = {path for r in both for path in r['paths']}
+    assert not Path(folder).exists()
+
+
 def test_resumed_epochs_cover_the_data_between_the_processes(seen):
     n = -(-40//len(seen)) # items a process
     batches = -(-n//4) # of a pass

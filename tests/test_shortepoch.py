@@ -13,7 +13,8 @@ from fastai.callback.rnn import ModelResetter
 from fastai.vision.all import Datasets, ImageDataLoaders, RocAucBinary, aug_transforms, mae, mse
 from fastprogress.fastprogress import ConsoleMasterBar, ConsoleProgressBar
 from hypothesis import given, strategies as st
-from torch.utils.data import DataLoader as TorchLoader, Dataset, IterableDataset
+from torch.nn.parameter import is_lazy
+from torch.utils.data import DataLoader as TorchLoader, Dataset, IterableDataset, Sampler
 
 from common import *
 from fastcb_training.core import FitCallback, LoaderView, numbered_batches
@@ -472,15 +473,16 @@ class Memory(nn.Module):
         self.kept += x.sum()
         return self.layer(x) + self.hidden + self.seen[0] + self.kept
 
-@pytest.mark.parametrize('stream', [False, True])
+@pytest.mark.parametrize('stream', [None, True, False])
 def test_a_recurrent_model_remembers_a_whole_pass(stream):
     lost = []
-    for pct in 1., .3:
+    for k in 10, 3:
         dls = data()
-        if stream: dls = DataLoaders(*(DataLoader(Stream(dl.dataset, said=len(dl.dataset)), bs=16) for dl in dls), device='cpu')
+        if stream is not None: # and says how long it is, or does not
+            dls = DataLoaders(*(DataLoader(Stream(dl.dataset, said=160 if stream else None), bs=16) for dl in dls), device='cpu')
         torch.manual_seed(0)
         learn, probe = start(dls, model=Memory())
-        learn.fit(3 if pct == 1 else 10, 1e-4, cbs=[ModelResetter, ShortEpochCallback(pct, resume=True)])
+        learn.fit(3 if k == 10 else 10, 1e-4, cbs=[ModelResetter, ShortEpochCallback(n_batches=k, n_valid=1, resume=True)])
         lost.append(probe.losses[:30])
     assert lost[0] == lost[1]
 
@@ -734,6 +736,67 @@ def test_a_dry_run_can_read_what_is_there(tmp_path):
         seen.append((pd.read_csv(cb.learn.path/'labels.csv').columns.tolist(), sorted(o.name for o in cb.learn.path.iterdir())))
     learn.fit(1, cbs=[ShortEpochCallback(dry_run=True), At('after_epoch', read)])
     assert seen == [(['a', 'b'], ['labels.csv', 'models'])] and learn.path == tmp_path
+
+class InPlace(Metric):
+    "A metric that adds up in the tensor that it has"
+    def __init__(self): self.total = torch.zeros(1)
+    def reset(self): self.total.zero_()
+    def accumulate(self, learn): self.total += 1
+    value = property(lambda self: self.total.item())
+
+class OfNumpy(Sampler):
+    "Draws from NumPy's new generator"
+    def __init__(self, n): self.n,self.rng = n,np.random.default_rng(0)
+    def __len__(self): return self.n
+    def __iter__(self): return iter(self.rng.permutation(self.n).tolist())
+
+class Sparse(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Embedding(4, 1, sparse=True)
+    def forward(self, x): return self.layer((x[:, 0] > 0).long())
+
+def lazy_net(): return nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.Linear(4, 1))
+def script_net(): return torch.jit.script(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)))
+
+@pytest.mark.parametrize('net', [lazy_net, script_net, Sparse])
+def test_a_dry_run_puts_back_what_is_rare(net):
+    (train,valid),metric = data(),InPlace()
+    sampler,model = OfNumpy(160),net()
+    dls = DataLoaders(TorchLoader(train.dataset, 16, sampler=sampler), TorchLoader(valid.dataset, 16), device='cpu')
+    opt_func = partial(OptimWrapper, opt=torch.optim.SparseAdam) if net is Sparse else SGD
+    learn = linear_learner(dls, model, metrics=metric, opt_func=opt_func)
+    if net is Sparse: model.layer.weight.grad = torch.sparse_coo_tensor([[1]], [[2.]], (4, 1))
+    mine = Callback()
+    mine.log_dir = 'mine' # a user's own is none of our business
+    def left():
+        params = [(type(p), p.grad, None if is_lazy(p) else p.tolist()) for p in model.parameters()]
+        return str(params), str(model), modes(model), metric.total.item(), sampler.rng.bit_generator.state, mine.log_dir
+    metric.total += 3
+    before = left()
+    learn.fit(2, .1, cbs=(cb for cb in [ShortEpochCallback(n_batches=2, dry_run=True), mine]))
+    assert left() == before and learn.opt is None
+    if net is not Sparse: assert n_trained(learn, lr=.1) == 10
+
+def test_a_dry_run_leads_each_path_away(tmp_path):
+    (tmp_path/'data').mkdir()
+    (tmp_path/'data'/'old').write_text('old')
+    learn, _ = start(path=tmp_path/'data')
+    def write(cb):
+        path = cb.learn.path
+        (path/'old').rename(path/'older')
+        assert [o.name for o in path.iterdir()] == [o.name for o in path.ls()] == ['older'] and not (path/'old').exists()
+        others = path/'..'/'up', path.parent/'up2', Path(path)/'plain', path.resolve()/'resolved', Path(f'{path}/text'), path/str(tmp_path/'absolute')
+        for o in others:
+            with open(o, 'w') as f: f.write('new')
+            assert o.read_text() == 'new'
+        np.save(path/'array.npy', np.zeros(1))
+        pd.DataFrame([1]).to_csv(path/'table.csv')
+        assert pickle.loads(pickle.dumps(deepcopy(path)/'older')).read_text() == 'old'
+        seen.append(others)
+    seen = []
+    learn.fit(1, cbs=[ShortEpochCallback(n_batches=1, dry_run=True), At('after_epoch', write)])
+    assert seen and [str(o.relative_to(tmp_path)) for o in sorted(tmp_path.rglob('*'))] == ['data', 'data/old']
 
 def test_a_dry_run_inside_a_fit():
     learn, probe = start()
