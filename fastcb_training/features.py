@@ -84,7 +84,7 @@ class _Through:
 # %% ../nbs/07_features.ipynb #0c6805e6
 class _Cut:
     "A `model` cut behind `units`, its frozen modules by name"
-    seen = None
+    seen,sums,is_sound = None,None,False
     def __init__(self, model, units):
         store_attr()
         self.tensors = [o for m in units.values() for o in (*m.parameters(), *m.buffers())]
@@ -99,6 +99,9 @@ class _Cut:
     def whole(self, xb):
         with _service(self.model): return self.model(*xb)
     def is_frozen(self): return not any(o.requires_grad for o in self.tensors)
+    def look(self): # a change of `.data` has no version, but it has another sum
+        sums,self.sums = self.sums,[o.sum().item() for o in self.tensors]
+        if sums != self.sums: self.seen = None
     def key(self):
         "Of the body as it is now: its tensors are read again if one has been written to"
         now = [(t.data_ptr(), t._version) for t in self.tensors]
@@ -514,8 +517,8 @@ def _begin(self:_View, ids, together=False):
 def _choose(self:_View, ids):
     cut = None if self.runs_whole else self.cache._cut
     if not cut: return
-    if self.cache.training: cut.seen = None # a change of `.data` has no version
-    self._look()
+    self._look() # first, while the random numbers are those of each look
+    if self.cache.training: cut.look()
     if (data := self._kept()) is None or data in self.checked: return data
     if data.known.any() and not self._check(data, np.flatnonzero(data.known)[:2].tolist()):
         self.cache._forget(data)
@@ -538,12 +541,12 @@ def _kept(self:_View):
 def _look(self:_View):
     "Read two items with the same random numbers: they name the data. Are the targets still the same?"
     ids = sorted({0, self.n-1})
-    def read():
-        with no_random(): return self._split(self._read(ids), len(ids))
+    def read(): return self._split(self._read(ids), len(ids))
     xb,yb = read()
     seen = _digest(*_tensors(xb))
-    if self.content is None and seen == _digest(*_tensors(read()[0])): # else they are of use in this fit only
-        self.content = _digest(_content(self.loader.dataset))
+    if self.content is None: # in the first pass of a fit
+        with no_random(): repeats = seen == _digest(*_tensors(read()[0]))
+        self.content = repeats and _digest(_content(self.loader.dataset)) # else they are of use in this fit only
         with suppress(Exception): self.alone = _close(to_device(yb, 'cpu'), self._read_targets(ids, True))
     if self.content and self.label != (label := _digest(self.content, seen)):
         self.cache._kept = {k: o for k,o in self.cache._kept.items() if self.label not in k}
@@ -567,9 +570,11 @@ def _check(self:_View, data, ids):
         raise ValueError(f'`FeatureCache`: {cut} can\'t take the model\'s inputs, so it is not its front: {e}') from e
     if not tree_leaves(features) or any(getattr(o, 'shape', ())[:1] != (n,) for o in tree_leaves(features)):
         raise ValueError(f'`FeatureCache`: {cut} does not give tensors with a row for each of {n} items')
-    if is_new and not _close(cut.body(_rows(some, back)), _rows(features, back)):
-        raise ValueError(_random_body(cut, some, back))
-    self._check_rest(some, features)
+    if not cut.is_sound: # which is so in a fit's first pass
+        if is_new and not _close(cut.body(_rows(some, back)), _rows(features, back)):
+            raise ValueError(_random_body(cut, some, back))
+        self._check_rest(some, features)
+        cut.is_sound = True
     return is_new or not repeats or _close(self.cache.learn._set_device(data.get(ids)), features)
 
 # %% ../nbs/07_features.ipynb #7d5e7b2a
@@ -613,7 +618,9 @@ def _random_body(cut, xb, back):
         hooks = [m.register_forward_hook(note) for u in cut.units.values() for m in u.modules()]
         try: cut.body(_rows(xb, rows))
         finally: [o.remove() for o in hooks]
-    layer = next((m for m in seen[0] if not _close(_rows(seen[0][m], back), seen[1].get(m))), [*cut.units.values()][0])
+    def same(m):
+        with suppress(IndexError): return _close(_rows(seen[0][m], back), seen[1].get(m))
+    layer = next((m for m in seen[0] if not same(m)), [*cut.units.values()][0])
     return (f'`FeatureCache`: layer `{names[layer]}` ({type(layer).__name__}) of the body gives something else for '
             'the same items, even in eval mode: it is random, or depends on the other items of the batch. '
             'Cut the model before it, with `body`')
