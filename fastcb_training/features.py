@@ -10,7 +10,7 @@ over the data once, and the result is that of the usual training:
    output does not depend on the batch an item is in, to 1e-5 elsewhere.
 2. **`body` is the module whose output is kept**, or a function of the model that gives it. `None`: as far as the model's (nested)
    `Sequential` goes without anything that trains or is random, pooling and the like included, since their output is smaller.
-3. **It checks before it trusts.** The first batch is read twice, and some of it is computed both ways. An error names the layer, the
+3. **It checks before it trusts.** Items of the first batch are read twice, and some are computed both ways. An error names the layer, the
    transform or the callback, and what to do.
 4. **`views=k`** reads the data `k` times, with its random transforms, and the epochs take the views in turn. With as many views as
    epochs it is the usual training.
@@ -21,7 +21,7 @@ over the data once, and the result is that of the usual training:
 7. **`path` keeps them in a folder**, in files that are mapped, for more than memory holds, and for the next process. A file is there
    whole or not at all. Without it they lie on the model's device if they fit there, else in memory. `nbytes` and a line at the first
    use say how large they are; the first epoch's progress bar is theirs.
-8. **Several processes share the work**: each computes its part, and all get the whole.
+8. **Several processes share the work**: each computes its part, and all get the whole, or the error of one.
 
 Docs: https://fastcb.github.io/fastcb_training/features.html.md"""
 
@@ -70,7 +70,6 @@ _plain,_mark = partial(_as, torch.Tensor),partial(_as, _Features)
 def _tensors(tree): return [o for o in tree_leaves(tree) if isinstance(o, torch.Tensor)]
 def _rows(tree, ids): return tree_map(lambda o: o[ids] if isinstance(o, torch.Tensor) else o, tree)
 
-# %% ../nbs/07_features.ipynb #566b6890
 class _Through:
     "The `forward` of a module of the body while a fit runs"
     def __init__(self, module, is_last): self.module,self.is_last,self.forward = module,is_last,module.forward
@@ -80,6 +79,27 @@ class _Through:
         if not self.is_last: return args[0]
         return tree_map(torch.clone, _plain(args[0])) # the head may write into it
     def __reduce__(self): return getattr,(self.module,'forward') # a copy of the model has its own `forward`
+
+# %% ../nbs/07_features.ipynb #13ce456b
+@contextmanager
+def _service(*modules):
+    "In eval mode, without gradients; each module gets its own mode back"
+    before = [(m, m.training) for o in modules for m in o.modules()]
+    for m,_ in before: m.training = False
+    try:
+        with torch.no_grad(): yield
+    finally:
+        for m,training in before: m.training = training
+
+def _digest(*parts):
+    "The hash of tensors, with their types and shapes, and of the `repr` of all else"
+    sha = hashlib.sha256()
+    for o in parts:
+        is_tensor = isinstance(o, torch.Tensor)
+        sha.update(repr((o.dtype, o.shape) if is_tensor else o).encode())
+        if is_tensor and o.numel():
+            sha.update(_plain(o).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()[:20]
 
 # %% ../nbs/07_features.ipynb #0c6805e6
 class _Cut:
@@ -109,27 +129,6 @@ class _Cut:
         return self.digest
     def __str__(self): return ', '.join(f'`{name}` ({type(m).__name__})' for name,m in self.units.items())
 
-# %% ../nbs/07_features.ipynb #13ce456b
-@contextmanager
-def _service(*modules):
-    "In eval mode, without gradients; each module gets its own mode back"
-    before = [(m, m.training) for o in modules for m in o.modules()]
-    for m,_ in before: m.training = False
-    try:
-        with torch.no_grad(): yield
-    finally:
-        for m,training in before: m.training = training
-
-def _digest(*parts):
-    "The hash of tensors, with their types and shapes, and of the `repr` of all else"
-    sha = hashlib.sha256()
-    for o in parts:
-        is_tensor = isinstance(o, torch.Tensor)
-        sha.update(repr((o.dtype, o.shape) if is_tensor else o).encode())
-        if is_tensor and o.numel():
-            sha.update(_plain(o).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return sha.hexdigest()[:20]
-
 # %% ../nbs/07_features.ipynb #23c51c08
 def _front(model, prefix=''):
     "The modules in front that do not train and are not random"
@@ -143,22 +142,6 @@ def _front(model, prefix=''):
     return units
 
 _random = nn.modules.dropout._DropoutNd,nn.RReLU,nn.FractionalMaxPool2d,nn.FractionalMaxPool3d
-
-# %% ../nbs/07_features.ipynb #23c51c09
-def _cut(model, body=None):
-    "Cut the model; None if it was cut before, and is frozen no longer"
-    if body is not None and not isinstance(body, nn.Module): body = body(model)
-    if body is None: units = _front(model)
-    else: units = {name or 'the model': m for name,m in model.named_modules() if m is body}
-    if body is not None and not units:
-        raise ValueError('`body` has to be a module of the model that is trained, or a function that gives one')
-    if why := _unfit(model, units, body):
-        if model in _served: return
-        raise ValueError(f'`FeatureCache` needs a frozen body, and {why}')
-    _served.add(model)
-    return _Cut(model, units)
-
-_served = WeakSet() # models that were cut before: `fine_tune` unfreezes them
 
 # %% ../nbs/07_features.ipynb #dce8aa68
 def _unfit(model, units, body):
@@ -178,6 +161,21 @@ def _unfit(model, units, body):
     for layer in (f'{name}.{o}' for name,unit in units.items() for o,m in unit.named_modules() if m._forward_hooks):
         return (f'layer `{layer}` of it has a forward hook, which would not be called again, as in a U-Net: '
                 'take it out, or cut the model elsewhere, with `body`')
+
+def _cut(model, body=None):
+    "Cut the model; None if it was cut before, and is frozen no longer"
+    if body is not None and not isinstance(body, nn.Module): body = body(model)
+    if body is None: units = _front(model)
+    else: units = {name or 'the model': m for name,m in model.named_modules() if m is body}
+    if body is not None and not units:
+        raise ValueError('`body` has to be a module of the model that is trained, or a function that gives one')
+    if why := _unfit(model, units, body):
+        if model in _served: return
+        raise ValueError(f'`FeatureCache` needs a frozen body, and {why}')
+    _served.add(model)
+    return _Cut(model, units)
+
+_served = WeakSet() # models that were cut before: `fine_tune` unfreezes them
 
 # %% ../nbs/07_features.ipynb #59f4a4a1
 class _Store:
@@ -260,7 +258,7 @@ def _content(o, seen=()):
     if isinstance(o, Datasets): return [inner(t.items) for t in o.tls[:o.n_inp]]
     if type(o) is TensorDataset: return inner(o.tensors[:-1] or o.tensors)
     if isinstance(o, pd.DataFrame|pd.Series): o = o.to_numpy()
-    if isinstance(o, np.ndarray) and o.dtype != object: return str(o.dtype),o.shape,hashlib.sha256(o.tobytes()).hexdigest()
+    if isinstance(o, np.ndarray) and o.dtype != object: return str(o.dtype),o.shape,_digest(o.tobytes())
     if isinstance(o, torch.Tensor): return _digest(o)
     if isinstance(o, dict): return [(inner(k), inner(v)) for k,v in o.items()]
     if isinstance(o, list|tuple|L|np.ndarray): return [inner(e) for e in o]
@@ -277,7 +275,7 @@ class _View(DataLoader):
     rng = property(lambda self: self.loader.rng, lambda self, rng: setattr(self.loader, 'rng', rng))
     def __init__(self, given, cache): # not DataLoader's, which draws a random number
         store_attr()
-        self.loader = loader = vars(given).get('dl', given) if hasattr(given, '__dict__') else given # `DistributedDL` has it
+        self.loader = loader = getattr(given, '__dict__', {}).get('dl', given) # `DistributedDL` has it
         self.bs = getattr(loader, 'batch_size' if isinstance(loader, TorchLoader) else 'bs', None)
         if not self.bs or not has_numbers(loader): raise ValueError(
             '`FeatureCache` needs a loader with indices, fastai\'s or PyTorch\'s, and has a '
@@ -285,7 +283,7 @@ class _View(DataLoader):
         self.n = len(loader.dataset) if isinstance(loader, TorchLoader) else loader.n
         self.indexed,self.pin_memory,self.num_workers,self.offs = True,False,1,0
         self.device,self.fake_l = getattr(loader, 'device', None),_Planned(self, False, 0, 0, False, '')
-        self.generator = self.fake_l.generator = torch.Generator() # `given` draws the numbers, this one those of a `DataLoader`
+        self.generator = self.fake_l.generator = torch.Generator() # for draws that `given` has made
         self.targets,self.checked,self.label = _Store(self.n),set(),f'once-{uuid4().hex}'
     def __len__(self): return len(self.given)
     def new(self, *args, **kwargs): return self.loader.new(*args, **kwargs)
@@ -319,7 +317,7 @@ def after_iter(self:_View):
 @patch
 def _batches(self:_View, ids):
     "The batches of these items; those that lack something are read by the loader, in the order of the pass"
-    self.whole = self.whole or NumberedPass(self.given, ([], torch.get_rng_state())) # that goes on with another
+    if not self.whole: self.whole = NumberedPass(self.given, ([], torch.get_rng_state())) # goes on with another
     left,plan,done = list(chunked(ids, self.bs, self.given.drop_last)),None,0
     if left: self._begin(left[0], together=True)
     while left:
@@ -349,7 +347,6 @@ def _keep(self:_View, ids, raw):
     self.targets.put(ids, yb)
     self.cache._say(self.data)
 
-# %% ../nbs/07_features.ipynb #f0c00003
 @patch
 def _give(self:_View, ids):
     "The batch of the items `ids`: features in the place of each input"
@@ -366,7 +363,8 @@ def _split(self:_View, b, n):
     "Inputs and targets of a batch of `n` items, as `Learner` splits them"
     b = self.cache.learn._set_device(_plain(tuple(b)))
     n_inp = getattr(self.cache.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
-    if not _tensors(b) or len(_tensors(b)[0]) != n: raise ValueError('`FeatureCache` can\'t keep items that are skipped')
+    if not _tensors(b) or len(_tensors(b)[0]) != n:
+        raise ValueError('`FeatureCache` can\'t keep items that are skipped')
     return b[:n_inp],b[n_inp:]
 
 @patch
@@ -378,7 +376,6 @@ def _read(self:_View, ids, items=None):
     b = loader.do_batch([o for o in read if o is not None])
     return loader.after_batch(b if loader.device is None else to_device(b, loader.device))
 
-# %% ../nbs/07_features.ipynb #c08c4dc7
 @patch
 def _read_targets(self:_View, ids, alone):
     "Those of `ids`, or those that the data set has apart from its inputs, `alone`"
@@ -477,16 +474,24 @@ def _publish(self:FeatureCache, data):
     if not data.place or not data.fresh: return
     try: data._save()
     except (OSError, RuntimeError) as e:
-        self.warn_once(f'`FeatureCache` could not write {data.nbytes/1e6:,.1f} MB to {self.path}, and will compute them '
-                       f'again in another process: {e}')
+        self.warn_once(f'`FeatureCache` could not write {data.nbytes/1e6:,.1f} MB to {self.path}, and will compute '
+                       f'them again in another process: {e}')
 
-# %% ../nbs/07_features.ipynb #8b06cb97
 @patch
 def _say(self:FeatureCache, data):
     if data in self._said or self.learn.logger is noop: return
     self._said.add(data)
     print(f'FeatureCache keeps what {self._cut} gives: {_shapes(data.rows)} for each of {data.n:,} items, '
           f'{data.nbytes/1e6:,.1f} MB {f"in {self.path}" if data.place else f"on {data.rows[0].device}"}')
+
+# %% ../nbs/07_features.ipynb #3b34f084
+def _mixes(learn):
+    "Which callback is it that changes the batch?"
+    def is_users(cb): return type(cb).__module__.partition('.')[0] not in ('fastai', 'fastcb_training')
+    cbs = [cb for cb in learn.cbs if hasattr(type(cb), 'before_batch')]
+    some = [cb.name for cb in cbs if isinstance(cb, MixHandler)] or [cb.name for cb in cbs if is_users(cb)]
+    return (f'`FeatureCache`: a callback has changed the batch before the body: {", ".join(some) or "unknown"}. '
+            'What it makes is another each time: take it out, or do without the cache')
 
 # %% ../nbs/07_features.ipynb #4ae2f1bc
 def _close(a, b):
@@ -500,6 +505,58 @@ def _leaves_close(a, b):
     if not a.is_floating_point() or not a.numel(): return torch.equal(a, b)
     digits = torch.finfo(a.dtype).eps**.5
     return torch.allclose(a, b, rtol=0, atol=digits*b.abs().nan_to_num().max().item(), equal_nan=True)
+
+# %% ../nbs/07_features.ipynb #efcbef34
+@patch
+def _look(self:_View):
+    "Read two items with the same random numbers: they name the data. Are the targets still the same?"
+    ids = sorted({0, self.n-1})
+    def read(): return self._split(self._read(ids), len(ids))
+    xb,yb = read()
+    seen = _digest(*_tensors(xb))
+    if self.content is None: # in the first pass of a fit
+        with no_random(): repeats = seen == _digest(*_tensors(read()[0]))
+        self.content = repeats and _digest(_content(self.loader.dataset)) # else they are of use in this fit only
+        with suppress(Exception): self.alone = _close(to_device(yb, 'cpu'), self._read_targets(ids, True))
+    if self.content and self.label != (label := _digest(self.content, seen)):
+        self.cache._kept = {k: o for k,o in self.cache._kept.items() if self.label not in k}
+        self.label = label
+    known = np.flatnonzero(self.targets.known)[:2].tolist()
+    if known and not _close(self._read_targets(known, self.alone), self.targets.get(known)):
+        self.targets = _Store(self.n)
+
+# %% ../nbs/07_features.ipynb #7d5e7b29
+@patch
+def _check(self:_View, data, ids):
+    "Raise where features can't take the place of the items `ids`; or are those that are kept of them others?"
+    cut,back,is_new = self.cache._cut,list(range(len(ids)-2, -1, -1)) or [0],not data.known.any()
+    repeats = self.cache.views == 1 or not self.cache.training
+    def read(ids): return self._split(self._read(ids), len(ids))[0]
+    xb = read(ids)
+    if is_new and repeats and not _close(read([ids[i] for i in back]), _rows(xb, back)): # in another order and number
+        raise ValueError(_random_data(self.loader))
+    some,back,n = _rows(xb, slice(8)),back[-7:],len(ids[:8])
+    try: features = cut.body(some)
+    except TypeError as e:
+        raise ValueError(f'`FeatureCache`: {cut} can\'t take the model\'s inputs, so it is not its front: {e}') from e
+    if not tree_leaves(features) or any(getattr(o, 'shape', ())[:1] != (n,) for o in tree_leaves(features)):
+        raise ValueError(f'`FeatureCache`: {cut} does not give tensors with a row for each of {n} items')
+    if not cut.is_sound: # which is so in a fit's first pass
+        if is_new and not _close(cut.body(_rows(some, back)), _rows(features, back)):
+            raise ValueError(_random_body(cut, some, back))
+        self._check_rest(some, features)
+        cut.is_sound = True
+    return is_new or not repeats or _close(self.cache.learn._set_device(data.get(ids)), features)
+
+@patch
+def _check_rest(self:_View, xb, features):
+    "Does the rest of the model give the same from the features alone?"
+    cut = self.cache._cut
+    why = f'`FeatureCache`: the rest of the model wants more than what comes out of {cut}'
+    try: out = cut.whole((_mark(features),)*len(xb))
+    except Exception as e: raise ValueError(f'{why}: {e}') from e
+    if not _close(cut.whole(xb), out):
+        raise ValueError(f'{why}, or the input is changed before it. Cut the model elsewhere, with `body`')
 
 # %% ../nbs/07_features.ipynb #c361d92a
 @patch
@@ -527,7 +584,6 @@ def _choose(self:_View, ids):
     self.checked.add(data)
     return data
 
-# %% ../nbs/07_features.ipynb #c361d92b
 @patch
 def _kept(self:_View):
     "What is kept for this pass, of the body as it is now; None where the whole model is to run"
@@ -536,67 +592,7 @@ def _kept(self:_View):
     turn = cache.epoch%cache.views if cache.training else 'valid'
     return cache._store(cache._cut.key(), f'{self.label}-{turn}', self.n)
 
-# %% ../nbs/07_features.ipynb #efcbef34
-@patch
-def _look(self:_View):
-    "Read two items with the same random numbers: they name the data. Are the targets still the same?"
-    ids = sorted({0, self.n-1})
-    def read(): return self._split(self._read(ids), len(ids))
-    xb,yb = read()
-    seen = _digest(*_tensors(xb))
-    if self.content is None: # in the first pass of a fit
-        with no_random(): repeats = seen == _digest(*_tensors(read()[0]))
-        self.content = repeats and _digest(_content(self.loader.dataset)) # else they are of use in this fit only
-        with suppress(Exception): self.alone = _close(to_device(yb, 'cpu'), self._read_targets(ids, True))
-    if self.content and self.label != (label := _digest(self.content, seen)):
-        self.cache._kept = {k: o for k,o in self.cache._kept.items() if self.label not in k}
-        self.label = label
-    known = np.flatnonzero(self.targets.known)[:2].tolist()
-    if known and not _close(self._read_targets(known, self.alone), self.targets.get(known)): self.targets = _Store(self.n)
-
-# %% ../nbs/07_features.ipynb #7d5e7b29
-@patch
-def _check(self:_View, data, ids):
-    "Raise where features can't take the place of the items `ids`; or are those that are kept of them others?"
-    cut,back,is_new = self.cache._cut,list(range(len(ids)-2, -1, -1)) or [0],not data.known.any()
-    repeats = self.cache.views == 1 or not self.cache.training
-    def read(ids): return self._split(self._read(ids), len(ids))[0]
-    xb = read(ids)
-    if is_new and repeats and not _close(read([ids[i] for i in back]), _rows(xb, back)): # in another order and number
-        raise ValueError(_random_data(self.loader))
-    some,back,n = _rows(xb, slice(8)),back[-7:],len(ids[:8])
-    try: features = cut.body(some)
-    except TypeError as e:
-        raise ValueError(f'`FeatureCache`: {cut} can\'t take the model\'s inputs, so it is not its front: {e}') from e
-    if not tree_leaves(features) or any(getattr(o, 'shape', ())[:1] != (n,) for o in tree_leaves(features)):
-        raise ValueError(f'`FeatureCache`: {cut} does not give tensors with a row for each of {n} items')
-    if not cut.is_sound: # which is so in a fit's first pass
-        if is_new and not _close(cut.body(_rows(some, back)), _rows(features, back)):
-            raise ValueError(_random_body(cut, some, back))
-        self._check_rest(some, features)
-        cut.is_sound = True
-    return is_new or not repeats or _close(self.cache.learn._set_device(data.get(ids)), features)
-
-# %% ../nbs/07_features.ipynb #7d5e7b2a
-@patch
-def _check_rest(self:_View, xb, features):
-    "Does the rest of the model give the same from the features alone?"
-    cut = self.cache._cut
-    why = f'`FeatureCache`: the rest of the model wants more than what comes out of {cut}'
-    try: out = cut.whole((_mark(features),)*len(xb))
-    except Exception as e: raise ValueError(f'{why}: {e}') from e
-    if not _close(cut.whole(xb), out):
-        raise ValueError(f'{why}, or the input is changed before it. Cut the model elsewhere, with `body`')
-
-# %% ../nbs/07_features.ipynb #3b34f084
-def _mixes(learn):
-    "Which callback is it that changes the batch?"
-    def is_users(cb): return type(cb).__module__.partition('.')[0] not in ('fastai', 'fastcb_training')
-    cbs = [cb for cb in learn.cbs if hasattr(type(cb), 'before_batch')]
-    some = [cb.name for cb in cbs if isinstance(cb, MixHandler)] or [cb.name for cb in cbs if is_users(cb)]
-    return (f'`FeatureCache`: a callback has changed the batch before the body: {", ".join(some) or "unknown"}. '
-            'What it makes is another each time: take it out, or do without the cache')
-
+# %% ../nbs/07_features.ipynb #3b34f085
 def _random_data(loader):
     pipes = [getattr(loader, o, None) for o in ('after_item', 'before_batch', 'after_batch')]
     pipes += [t.tfms for t in getattr(loader.dataset, 'tls', ())]
@@ -609,7 +605,6 @@ def _random_data(loader):
             f'{crops if any(isinstance(t, Resize) for t in found) else ""} '
             'Leave out what is random, or keep several readings with `views`')
 
-# %% ../nbs/07_features.ipynb #f2796e01
 def _random_body(cut, xb, back):
     "Which layer is it that gives something else for the same items?"
     names,seen = {m: name for name,m in cut.model.named_modules()},[{}, {}]
@@ -634,7 +629,8 @@ def _share(self:_View, error):
     dist.all_gather_object(every, (*mine, error and str(error)))
     for ids,tree,_ in every:
         if data and (rows := [k for k,i in enumerate(ids) if not data.known[i]]):
-            data.put([ids[k] for k in rows], _rows(tree, rows), self.cache.learn._set_device(torch.empty(0)).device)
+            device = self.cache.learn._set_device(torch.empty(0)).device
+            data.put([ids[k] for k in rows], _rows(tree, rows), device)
     if data and data.is_whole and not rank_distrib(): self.cache._publish(data)
     if data: data.fresh = []
     return error or next((ValueError(e) for *_,e in every if e), None)
