@@ -258,7 +258,8 @@ def _content(o, seen=()):
     if isinstance(o, Datasets): return [inner(t.items) for t in o.tls[:o.n_inp]]
     if type(o) is TensorDataset: return inner(o.tensors[:-1] or o.tensors)
     if isinstance(o, pd.DataFrame|pd.Series): o = o.to_numpy()
-    if isinstance(o, np.ndarray) and o.dtype != object: return str(o.dtype),o.shape,_digest(o.tobytes())
+    if isinstance(o, np.ndarray) and o.dtype != object:
+        return str(o.dtype),o.shape,hashlib.sha256(o.tobytes()).hexdigest()
     if isinstance(o, torch.Tensor): return _digest(o)
     if isinstance(o, dict): return [(inner(k), inner(v)) for k,v in o.items()]
     if isinstance(o, list|tuple|L|np.ndarray): return [inner(e) for e in o]

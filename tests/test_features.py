@@ -98,6 +98,12 @@ def test_bit_for_bit_where_batches_do_not_matter():
     "All batches are of one size: then the body's output is the same in each"
     assert_same(fit(learner(), FeatureCache()), fit(learner(), Held()))
 
+def test_a_head_that_writes_into_its_input():
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 4).requires_grad_(False), nn.Dropout(.3, inplace=True), nn.Linear(4, 1))
+    assert_same(*[fit(learner(model=model()), cb) for cb in (FeatureCache(), Held())])
+
 loaders = dict(
     torch=dict(view=TorchLoader), torch_shuffle=dict(view=TorchLoader, shuffle=True), torch_drops=dict(view=TorchLoader, drop_last=True, shuffle=True, n=43),
     torch_generator=dict(view=TorchLoader, shuffle=True, generator=7), torch_workers=dict(view=TorchLoader, shuffle=True, num_workers=2),
