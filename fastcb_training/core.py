@@ -177,7 +177,8 @@ def _draw(dl):
         batches = list(chunked(islice(dl.get_idxs(), len(dl)*size), size, dl.drop_last))
     seed = source.get_state()
     torch.empty((), dtype=torch.int64).random_(generator=source) # each pass draws a seed for its workers
-    if not isinstance(dl, DataLoader): batches = list(islice(dl._index_sampler, len(dl)))
+    if not isinstance(dl, DataLoader): # a sampler may draw once more when it is asked for one more
+        batches = list(islice(dl._index_sampler, len(dl)+1))[:len(dl)]
     return batches,seed
 
 def _fastai_load(dl, batches):

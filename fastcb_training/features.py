@@ -10,7 +10,7 @@ over the data once, and the result is that of the usual training:
    output does not depend on the batch an item is in, to 1e-5 elsewhere.
 2. **`body` is the module whose output is kept**, or a function of the model that gives it. `None`: as far as the model's (nested)
    `Sequential` goes without anything that trains or is random, pooling and the like included, since their output is smaller.
-3. **It checks before it trusts.** The first batch is read twice, and some of it is computed both ways. An error names the layer, the
+3. **It checks before it trusts.** Items of the first batch are read twice, and some are computed both ways. An error names the layer, the
    transform or the callback, and what to do.
 4. **`views=k`** reads the data `k` times, with its random transforms, and the epochs take the views in turn. With as many views as
    epochs it is the usual training.
@@ -21,7 +21,7 @@ over the data once, and the result is that of the usual training:
 7. **`path` keeps them in a folder**, in files that are mapped, for more than memory holds, and for the next process. A file is there
    whole or not at all. Without it they lie on the model's device if they fit there, else in memory. `nbytes` and a line at the first
    use say how large they are; the first epoch's progress bar is theirs.
-8. **Several processes share the work**: each computes its part, and all get the whole.
+8. **Several processes share the work**: each computes its part, and all get the whole, or the error of one.
 
 Docs: https://fastcb.github.io/fastcb_training/features.html.md"""
 
@@ -31,14 +31,16 @@ Docs: https://fastcb.github.io/fastcb_training/features.html.md"""
 __all__ = ['FeatureCache']
 
 # %% ../nbs/07_features.ipynb #557f6083
-import hashlib, os, pickle, sys, types
+import hashlib, math, os, sys, time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from numbers import Integral, Number
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import NoneType
-from weakref import WeakSet, finalize
+from uuid import uuid4
+from weakref import WeakSet
 
 import numpy as np
 import pandas as pd
@@ -47,25 +49,24 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.data.core import Datasets
 from fastai.data.load import DataLoader, _FakeLoader
-from fastai.torch_basics import Pipeline, Transform, no_random, noop, num_distrib, rank_distrib, to_device
+from fastai.torch_basics import Pipeline, no_random, noop, num_distrib, rank_distrib, to_device
 from fastai.vision.augment import RandTransform, Resize
 from fastcore.basics import chunked, patch, store_attr
 from fastcore.foundation import L
 from torch import distributed as dist, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
-from torch.utils.data import BatchSampler, IterableDataset, SequentialSampler, TensorDataset
-from torch.utils.data import DataLoader as TorchLoader
+from torch.utils.data import DataLoader as TorchLoader, TensorDataset
 
 from .core import FitCallback, NumberedPass, check, has_numbers
 
 # %% ../nbs/07_features.ipynb #566b688f
 class _Features(torch.Tensor):
     "Marks what has been through the body; a copy is a plain tensor"
-    def __deepcopy__(self, memo): return self.as_subclass(torch.Tensor).__deepcopy__(memo)
-    def __reduce_ex__(self, proto): return self.as_subclass(torch.Tensor).__reduce_ex__(proto)
+    def __deepcopy__(self, memo): return _plain(self).__deepcopy__(memo)
+    def __reduce_ex__(self, proto): return _plain(self).__reduce_ex__(proto)
 
-def _plain(tree): return tree_map(lambda o: o.as_subclass(torch.Tensor) if isinstance(o, torch.Tensor) else o, tree)
-def _mark(tree): return tree_map(lambda o: o.as_subclass(_Features), tree)
+def _as(cls, tree): return tree_map(lambda o: o.as_subclass(cls) if isinstance(o, torch.Tensor) else o, tree)
+_plain,_mark = partial(_as, torch.Tensor),partial(_as, _Features)
 def _tensors(tree): return [o for o in tree_leaves(tree) if isinstance(o, torch.Tensor)]
 def _rows(tree, ids): return tree_map(lambda o: o[ids] if isinstance(o, torch.Tensor) else o, tree)
 
@@ -73,36 +74,11 @@ class _Through:
     "The `forward` of a module of the body while a fit runs"
     def __init__(self, module, is_last): self.module,self.is_last,self.forward = module,is_last,module.forward
     def __call__(self, *args, **kwargs):
-        marked = args and any(isinstance(o, _Features) for o in tree_leaves(args[0]))
-        if not marked: return self.forward(*args, **kwargs)
+        if not (args and any(isinstance(o, _Features) for o in tree_leaves(args[0]))):
+            return self.forward(*args, **kwargs)
         if not self.is_last: return args[0]
-        return tree_map(lambda o: o.as_subclass(torch.Tensor).clone(), args[0]) # the head may write into it
+        return tree_map(torch.clone, _plain(args[0])) # the head may write into it
     def __reduce__(self): return getattr,(self.module,'forward') # a copy of the model has its own `forward`
-
-# %% ../nbs/07_features.ipynb #0c6805e6
-class _Cut:
-    "A `model` cut behind `units`, its frozen modules by name"
-    def __init__(self, model, units):
-        store_attr()
-        self.tensors = [o for m in units.values() for o in (*m.parameters(), *m.buffers())]
-        self.form,self.seen = repr([(type(m), m) for m in units.values()]).encode(),[None]*len(self.tensors)
-        for m in units.values(): m.forward = _Through(m, m is [*units.values()][-1])
-    def remove(self):
-        for m in self.units.values(): vars(m).pop('forward', None)
-    def body(self, xb):
-        with _service(*self.units.values()):
-            for m in self.units.values(): xb = m(*xb),
-        return _plain(xb[0])
-    def whole(self, xb):
-        with _service(self.model): return self.model(*xb)
-    def is_frozen(self): return not any(o.requires_grad for o in self.tensors)
-    def key(self):
-        "A tensor is read again if it has been written to since"
-        for i,t in enumerate(self.tensors):
-            version = t.data_ptr(),t._version
-            if not self.seen[i] or self.seen[i][0] != version: self.seen[i] = version,_digest(_bytes(t))
-        return _digest(b''.join([self.form, *(digest.encode() for _,digest in self.seen)]))[:20]
-    def __str__(self): return ', '.join(f'`{name}` ({type(m).__name__})' for name,m in self.units.items())
 
 # %% ../nbs/07_features.ipynb #13ce456b
 @contextmanager
@@ -115,8 +91,43 @@ def _service(*modules):
     finally:
         for m,training in before: m.training = training
 
-def _digest(data): return hashlib.sha256(data).hexdigest()
-def _bytes(t): return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if t.numel() else b''
+def _digest(*parts):
+    "The hash of tensors, with their types and shapes, and of the `repr` of all else"
+    sha = hashlib.sha256()
+    for o in parts:
+        is_tensor = isinstance(o, torch.Tensor)
+        sha.update(repr((o.dtype, o.shape) if is_tensor else o).encode())
+        if is_tensor and o.numel():
+            sha.update(_plain(o).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()[:20]
+
+# %% ../nbs/07_features.ipynb #0c6805e6
+class _Cut:
+    "A `model` cut behind `units`, its frozen modules by name"
+    seen,sums,is_sound = None,None,False
+    def __init__(self, model, units):
+        store_attr()
+        self.tensors = [o for m in units.values() for o in (*m.parameters(), *m.buffers())]
+        self.form = repr([(type(m), m) for m in units.values()])
+        for m in units.values(): m.forward = _Through(m, m is [*units.values()][-1])
+    def remove(self):
+        for m in self.units.values(): vars(m).pop('forward', None)
+    def body(self, xb):
+        with _service(*self.units.values()):
+            for m in self.units.values(): xb = m(*xb),
+        return _plain(xb[0])
+    def whole(self, xb):
+        with _service(self.model): return self.model(*xb)
+    def is_frozen(self): return not any(o.requires_grad for o in self.tensors)
+    def look(self): # a change of `.data` has no version, but it has another sum
+        sums,self.sums = self.sums,[o.sum().item() for o in self.tensors]
+        if sums != self.sums: self.seen = None
+    def key(self):
+        "Of the body as it is now: its tensors are read again if one has been written to"
+        now = [(t.data_ptr(), t._version) for t in self.tensors]
+        if now != self.seen: self.seen,self.digest = now,_digest(self.form, *self.tensors)
+        return self.digest
+    def __str__(self): return ', '.join(f'`{name}` ({type(m).__name__})' for name,m in self.units.items())
 
 # %% ../nbs/07_features.ipynb #23c51c08
 def _front(model, prefix=''):
@@ -132,7 +143,24 @@ def _front(model, prefix=''):
 
 _random = nn.modules.dropout._DropoutNd,nn.RReLU,nn.FractionalMaxPool2d,nn.FractionalMaxPool3d
 
-_served = WeakSet() # models that were cut before: `fine_tune` unfreezes them
+# %% ../nbs/07_features.ipynb #dce8aa68
+def _unfit(model, units, body):
+    "What is wrong with the body, or None"
+    ps = [*model.named_parameters()]
+    frozen = [i for i,(_,p) in enumerate(ps) if not p.requires_grad]
+    if not frozen: return 'nothing is frozen: call `learn.freeze()` first'
+    inside = {id(p) for m in units.values() for p in m.parameters()}
+    if not inside: return (f'finds none at the front of this {type(model).__name__}: '
+                           'name it, for instance with `body=lambda model: model.encoder`')
+    for i,(name,p) in enumerate(ps):
+        if not p.requires_grad or not (i < frozen[-1] if body is None else id(p) in inside): continue
+        layer = name.rpartition('.')[0]
+        kind = type(model.get_submodule(layer)).__name__
+        what = 'make the Learner with `train_bn=False`' if 'Norm' in kind else 'freeze it, or give another `body`'
+        return f'its layer `{layer}` ({kind}) trains: {what}'
+    for layer in (f'{name}.{o}' for name,unit in units.items() for o,m in unit.named_modules() if m._forward_hooks):
+        return (f'layer `{layer}` of it has a forward hook, which would not be called again, as in a U-Net: '
+                'take it out, or cut the model elsewhere, with `body`')
 
 def _cut(model, body=None):
     "Cut the model; None if it was cut before, and is frozen no longer"
@@ -147,256 +175,215 @@ def _cut(model, body=None):
     _served.add(model)
     return _Cut(model, units)
 
-# %% ../nbs/07_features.ipynb #dce8aa68
-def _unfit(model, units, body):
-    "What is wrong with the body, or None"
-    ps = [*model.named_parameters()]
-    frozen = [i for i,(_,p) in enumerate(ps) if not p.requires_grad]
-    if not frozen: return 'nothing is frozen: call `learn.freeze()` first'
-    inside = {id(p) for m in units.values() for p in m.parameters()}
-    if body is None: wrong = [name for name,p in ps[:frozen[-1]] if p.requires_grad]
-    else: wrong = [name for name,p in ps if p.requires_grad and id(p) in inside]
-    if not inside: return (f'finds none at the front of this {type(model).__name__}: '
-                           'name it, for instance with `body=lambda model: model.encoder`')
-    for name in wrong:
-        layer = name.rpartition('.')[0]
-        kind = type(model.get_submodule(layer)).__name__
-        if 'Norm' in kind: return f'its layer `{layer}` ({kind}) trains: make the Learner with `train_bn=False`'
-        return f'its layer `{layer}` ({kind}) trains: freeze it, or give another `body`'
-    for name,unit in units.items():
-        for inner,m in unit.named_modules():
-            if m._forward_hooks: return (
-                f'layer `{name}.{inner}` of it has a forward hook, which would not be called again, as in a U-Net: '
-                'take it out, or cut the model elsewhere, with `body`')
+_served = WeakSet() # models that were cut before: `fine_tune` unfreezes them
 
 # %% ../nbs/07_features.ipynb #59f4a4a1
 class _Store:
-    "Trees of tensors, kept by the number of their item"
-    rows = witness = beside = None
+    "Trees of tensors, kept by the number of their item, up to `n`"
+    rows,is_whole = None,False
     def __init__(self, n, place=None):
         store_attr()
-        self.known,self.fresh,self.is_whole = np.zeros(n, bool),[],False
-        if place: self.load()
+        self.known,self.fresh = np.zeros(n, bool),[]
+        if place: self._load()
 
-    nbytes = property(lambda self: 0 if self.rows is None else self.rows.numel())
+    nbytes = property(lambda self: sum(o.nbytes for o in self.rows or ()))
     def missing(self, ids): return [i for i in dict.fromkeys(ids) if not self.known[i]]
+    def get(self, ids): return tree_unflatten([o[ids] for o in self.rows], self.spec)
 
-    def put(self, ids, tree, device):
+    def put(self, ids, tree, device='cpu'):
         leaves,spec = tree_flatten(tree)
-        forms = [(o.dtype, o.shape[1:]) for o in leaves]
-        rows = torch.cat([_contiguous(o.reshape(len(ids), -1)).view(torch.uint8) for o in leaves], 1)
-        if self.rows is None:
-            self.spec,self.forms,self.rows = spec,forms,self._room(rows.shape[1], torch.device(device))
-        if forms != self.forms: raise ValueError(
-            f'`FeatureCache` needs items of one size, and has met {_shapes(leaves)} '
-            f'after {[tuple(o[1]) for o in self.forms]}')
-        self.rows[torch.tensor(ids, device=self.rows.device)] = rows.to(self.rows.device)
+        if self.rows is None: self.rows,self.spec = self._room(leaves, torch.device(device)),spec
+        if [(o.dtype, o.shape[1:]) for o in leaves] != [(o.dtype, o.shape[1:]) for o in self.rows]: raise ValueError(
+            f'`FeatureCache` needs items of one size, and has met {_shapes(leaves)} after {_shapes(self.rows)}')
+        for row,o in zip(self.rows, leaves): row[ids] = o.detach().to(row.device)
         self.known[ids] = True
         self.fresh += ids
 
-    def get(self, ids):
-        rows = self.rows[torch.tensor(ids, device=self.rows.device)]
-        parts = rows.split([torch.Size(shape).numel()*dtype.itemsize for dtype,shape in self.forms], 1)
-        return tree_unflatten([o.clone().view(dtype).reshape(len(ids), *shape)
-                               for o,(dtype,shape) in zip(parts, self.forms)], self.spec)
+def _shapes(tree): return ' and '.join('×'.join(map(str, o.shape[1:])) or 'one number' for o in _tensors(tree))
 
 # %% ../nbs/07_features.ipynb #8db94271
 @patch
-def _room(self:_Store, width, device):
-    "Place for all rows: on `device` if half of its free memory is enough"
-    if self.place: return self.create(width)
-    if device.type == 'cuda' and 2*self.n*width > torch.cuda.mem_get_info(device)[0]: device = 'cpu'
-    return torch.empty(self.n, width, dtype=torch.uint8, device=device)
+def _room(self:_Store, leaves, device):
+    "Place for all rows: in a file, or on `device` if half of its free memory is enough"
+    forms = [((self.n, *o.shape[1:]), o.dtype) for o in leaves]
+    if self.place: return [_scratch(self.place.parent, *o) for o in forms]
+    size = sum(math.prod(shape)*dtype.itemsize for shape,dtype in forms)
+    if device.type == 'cuda' and 2*size > torch.cuda.mem_get_info(device)[0]: device = 'cpu'
+    return [torch.empty(shape, dtype=dtype, device=device) for shape,dtype in forms]
 
-@patch
-def create(self:_Store, width):
-    "A file beside its place, filled with zeros: a hole that could not be filled later would kill the process"
-    self.beside = self.place.with_name(f'.{self.place.name}.{os.getpid()}')
-    finalize(self, _remove, self.beside, os.getpid())
+def _scratch(folder, shape, dtype):
+    "A tensor in a file without a name, which is gone with its process, however that ends"
+    size = math.prod(shape)*dtype.itemsize
     try:
-        self.place.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.beside, 'wb') as f:
-            if hasattr(os, 'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, self.n*width)
-            else: f.write(bytes(self.n*width))
-    except OSError as e:
-        _remove(self.beside, os.getpid())
-        raise OSError(e.errno, f'`FeatureCache` can\'t keep {self.n*width/1e6:,.1f} MB in {self.place.parent} '
-                      f'({e.strerror}): give another `path`, or none to keep them in memory') from e
-    return _mapped(self.beside, 'r+', self.n, width)
-
-def _mapped(path, mode, n, width): return torch.from_numpy(np.memmap(path, np.uint8, mode, shape=(n, width)))
-
-def _remove(path, pid):
-    if pid != os.getpid(): return # a worker has a copy of the object
-    with suppress(OSError): path.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        file = TemporaryFile(dir=folder)
+        if hasattr(os, 'posix_fallocate'): os.posix_fallocate(file.fileno(), 0, size) # a hole might never be filled
+        return torch.from_numpy(np.memmap(file, np.uint8, 'r+', shape=size)).view(dtype).reshape(shape)
+    except OSError as e: raise OSError(e.errno, f'`FeatureCache` can\'t keep {size/1e6:,.1f} MB in {folder} '
+        f'({e.strerror}): give another `path`, or none to keep them in memory') from e
 
 # %% ../nbs/07_features.ipynb #ecfc025c
 @patch
-def publish(self:_Store):
-    "Give the file its name, now that all of it is there"
-    if not self.place or not self.fresh: return
-    if not self.beside: self.rows = self.create(self.rows.shape[1]).copy_(self.rows) # more than was in the file
-    more = pickle.dumps((self.spec, self.forms, self.known, self.rows.shape[1]))
-    with open(self.beside, 'ab') as f:
-        f.write(more + len(more).to_bytes(8, 'big'))
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(self.beside, self.place)
-    self.beside,self.fresh = None,[]
+def _save(self:_Store):
+    "Write what is known under a name beside its place, and rename it: it is there whole or not at all"
+    part = self.place.with_name(f'.{self.place.name}.{uuid4().hex}')
+    for o in self.place.parent.glob(f'.{self.place.name}.*'): # of a process that was killed while it wrote
+        with suppress(OSError):
+            if o.stat().st_mtime < time.time()-3600: o.unlink()
+    try:
+        with open(part, 'wb') as f:
+            torch.save({k: getattr(self, k) for k in _saved}, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, self.place)
+    finally: part.unlink(missing_ok=True)
+    self.fresh = []
+
+_saved = 'rows','spec','known'
 
 @patch
-def load(self:_Store):
-    "What the file holds, if it is there and whole; what is added later is added in memory, until it is published"
-    with suppress(Exception), open(self.place, 'rb') as f:
-        f.seek(-8, os.SEEK_END)
-        size = int.from_bytes(f.read(), 'big')
-        f.seek(-8-size, os.SEEK_END)
-        spec,forms,known,width = pickle.loads(f.read(size))
-        if len(known) != self.n or f.tell()+8 != self.n*width+size+8: return
-        self.spec,self.forms,self.known,self.is_whole = spec,forms,known,True
-        self.rows = _mapped(self.place, 'c', self.n, width)
+def _load(self:_Store):
+    "Map what the file holds, if it is there and whole; what is put later is in memory until it is saved"
+    with suppress(Exception):
+        kept = torch.load(self.place, mmap=True, weights_only=False)
+        if len(kept['known']) == self.n: vars(self).update(kept, is_whole=True)
 
 # %% ../nbs/07_features.ipynb #91ef0577
-def _describe(o, seen=()):
-    "What `o` says about data: content and code"
-    if isinstance(o, (str, bytes, type, Number, NoneType, types.ModuleType)): return repr(o)
+def _content(o, seen=()):
+    "What data are made of, in a form that is the same in another process"
+    def inner(e): return _content(e, (*seen, id(o)))
+    if isinstance(o, (str, bytes, type, Number, NoneType)): return repr(o)
     if isinstance(o, Path): return str(o),(o.exists() and (o.stat().st_size, o.stat().st_mtime_ns))
     if id(o) in seen or len(seen) > 12: return type(o).__qualname__
-    def inner(e): return _describe(e, (*seen, id(o)))
-    if isinstance(o, torch.Tensor): return str(o.dtype),tuple(o.shape),_digest(_bytes(o))
-    if isinstance(o, np.ndarray) and o.dtype != object: return str(o.dtype),o.shape,_digest(o.tobytes())
-    if isinstance(o, pd.DataFrame|pd.Series): return inner(o.to_numpy())
-    if isinstance(o, types.FunctionType): return _describe_function(o, inner)
-    if isinstance(o, types.MethodType):
-        return inner([o.__func__, None if isinstance(o.__self__, DataLoader) else o.__self__])
-    if isinstance(o, partial): return inner([o.func, o.args, o.keywords])
+    if isinstance(o, Datasets): return [inner(t.items) for t in o.tls[:o.n_inp]]
+    if type(o) is TensorDataset: return inner(o.tensors[:-1] or o.tensors)
+    if isinstance(o, pd.DataFrame|pd.Series): o = o.to_numpy()
+    if isinstance(o, np.ndarray) and o.dtype != object:
+        return str(o.dtype),o.shape,hashlib.sha256(o.tobytes()).hexdigest()
+    if isinstance(o, torch.Tensor): return _digest(o)
     if isinstance(o, dict): return [(inner(k), inner(v)) for k,v in o.items()]
-    if isinstance(o, list|tuple|set|L|np.ndarray): return [inner(e) for e in o]
-    if isinstance(o, Datasets): return [(inner(t.items), inner(t.tfms)) for t in o.tls[:o.n_inp]]
-    if isinstance(o, Pipeline): return inner(list(o.fs))
-    kept = getattr(o, '__dict__', {})
-    if isinstance(o, Transform): # what it has drawn for an item is no argument
-        names = type(o).__init__.__code__.co_varnames
-        methods = kept['encodes'].methods if 'encodes' in kept else []
-        kept = {k: v for k,v in kept.items() if k in names} | {'functions': [m.implementation for m in methods]}
-        return type(o).__qualname__,inner(kept)
-    return type(o).__qualname__,inner({k: v for k,v in kept.items() if not _counts(v)})
+    if isinstance(o, list|tuple|L|np.ndarray): return [inner(e) for e in o]
+    if isinstance(o, set|frozenset): return sorted(map(repr, o))
+    kept = {k: v for k,v in getattr(o, '__dict__', {}).items() if not _counts(v)}
+    return type(o).__qualname__,inner(kept)
 
 def _counts(o): return isinstance(o, Number) or isinstance(o, list) and o and isinstance(o[0], Number)
 
-# %% ../nbs/07_features.ipynb #569aa4d7
-def _describe_function(f, inner):
-    "Its code, and what it uses by name if it is not a library's"
-    code,name = f.__code__,f'{f.__module__}.{f.__qualname__}'
-    if 'site-packages' in code.co_filename: return name
-    cells = [o.cell_contents for o in f.__closure__ or ()]
-    used = [f.__globals__.get(o) for o in code.co_names]
-    return name,_describe_code(code),inner(f.__defaults__),inner(cells),inner(used)
-
-def _describe_code(code):
-    parts = [_describe_code(o) if isinstance(o, types.CodeType) else repr(o) for o in code.co_consts]
-    return code.co_code,code.co_names,parts
-
-def _print_of(loader):
-    "A fingerprint of the inputs that `loader` gives"
-    what = loader.dataset
-    if type(what) is TensorDataset: what = what.tensors[:-1] or what.tensors
-    tfms = [getattr(loader, o, None) for o in ('after_item', 'before_batch', 'after_batch')]
-    return _digest(repr(_describe([what, tfms, type(loader)])).encode())[:20]
-
 # %% ../nbs/07_features.ipynb #4f7e06cf
 class _View(DataLoader):
-    "The batches of `loader`, from what the `cache` keeps"
-    _default = 'given'
-    dataset = property(lambda self: self.loader.dataset)
+    "The batches of `given`, from what the `cache` keeps"
+    _default,content,alone,runs_whole,whole,data = 'given',None,False,False,None,None
     rng = property(lambda self: self.loader.rng, lambda self, rng: setattr(self.loader, 'rng', rng))
-    def __init__(self, dl, cache): # not DataLoader's, which draws a random number
-        loader = dl.dl if _is_share(dl) else dl
-        if not _has_order(loader): raise ValueError(
-            '`FeatureCache` needs a loader with indices, fastai\'s or one of PyTorch\'s that does not shuffle, and has '
-            f'a {type(loader).__module__}.{type(loader).__name__}: give its data set to fastai\'s `DataLoader`')
-        self.given,self.loader,self.cache,self.is_torch = dl,loader,cache,isinstance(loader, TorchLoader)
-        self.bs = loader.batch_size if self.is_torch else loader.bs
-        self.n,self.indexed = len(loader.dataset) if self.is_torch else loader.n,True
-        self.num_workers,self.offs,self.pin_memory = 1,0,False
-        self.device,self.generator = getattr(loader, 'device', None),getattr(loader, 'generator', None)
-        self.fake_l,self.idxs = _FakeLoader(self, False, 0, 0, False, ''),None
+    def __init__(self, given, cache): # not DataLoader's, which draws a random number
+        store_attr()
+        self.loader = loader = getattr(given, '__dict__', {}).get('dl', given) # `DistributedDL` has it
+        self.bs = getattr(loader, 'batch_size' if isinstance(loader, TorchLoader) else 'bs', None)
+        if not self.bs or not has_numbers(loader): raise ValueError(
+            '`FeatureCache` needs a loader with indices, fastai\'s or PyTorch\'s, and has a '
+            f'{type(loader).__module__}.{type(loader).__name__}: give its data set to fastai\'s `DataLoader`')
+        self.n = len(loader.dataset) if isinstance(loader, TorchLoader) else loader.n
+        self.indexed,self.pin_memory,self.num_workers,self.offs = True,False,1,0
+        self.device,self.fake_l = getattr(loader, 'device', None),_Planned(self, False, 0, 0, False, '')
+        self.generator = self.fake_l.generator = torch.Generator() # for draws that `given` has made
+        self.targets,self.checked,self.label = _Store(self.n),set(),f'once-{uuid4().hex}'
     def __len__(self): return len(self.given)
-    def __getstate__(self): return vars(self) | dict(idxs=None, plan=None, raw=None, whole=None) # workers stay here
     def new(self, *args, **kwargs): return self.loader.new(*args, **kwargs)
     def one_batch(self): return self.loader.one_batch()
-    def do_item(self, i): return i
 
-def _is_share(dl):
-    "Is it one process's share of a loader? `fastai.distributed` needs accelerate: it is asked only if it is there"
-    lib = sys.modules.get('fastai.distributed')
-    return lib is not None and isinstance(dl, lib.DistributedDL)
-
-def _has_order(loader):
-    if isinstance(loader, DataLoader): return has_numbers(loader) and bool(loader.bs)
-    if not isinstance(loader, TorchLoader): return False
-    in_order = type(loader.sampler) is SequentialSampler and type(loader.batch_sampler) is BatchSampler
-    return in_order and not isinstance(loader.dataset, IterableDataset)
+class _Planned(_FakeLoader):
+    def __iter__(self): return self.d._batches([*self.d.sample()])
 
 # %% ../nbs/07_features.ipynb #0e7c346f
 @patch
-def randomize(self:_View):
-    if not self.is_torch: self.given.randomize()
+def randomize(self:_View): "Left to `given`"
 
 @patch
-def before_iter(self:_View):
-    "A pass begins"
-    self.idxs,self.given.i = None,0 # `DistributedDL` counts the items
-    self.cache._share(self)
-    self.whole = NumberedPass(self.loader, ([], (self.generator or torch.default_generator).get_state()))
+def before_iter(self:_View): self.whole = self.data = None
 
 @patch
 def get_idxs(self:_View):
-    idxs = list(range(self.n) if self.is_torch else self.given.get_idxs())
-    self.whole.seed = (self.generator or torch.default_generator).get_state() # that of the workers
-    return idxs
-
-# %% ../nbs/07_features.ipynb #f0c00001
-@patch
-def do_batch(self:_View, ids):
-    "The batch of these items"
-    idxs,cache = self._DataLoader__idxs,self.cache
-    cache._given = None
-    data,is_new = cache._data(self.loader),idxs is not self.idxs # the body may have changed since the last batch
-    if is_new: self.idxs,self.left = idxs,list(chunked(idxs, self.bs, self.drop_last))
-    if is_new or data is not self.data:
-        self.data = data = data and cache._trust(self.loader, data, ids)
-        parts = self.left if data is None else cache._parts(self.loader, data, self.left)
-        self.parts,self.raw = iter(parts),self.whole.load(parts) if parts else iter(())
-    del self.left[0]
-    self.given.i += len(ids)
-    if data is None: return next(self.raw)
-    while cache._lacks(self.loader, data, ids): cache._keep(self.loader, data, next(self.parts), next(self.raw))
-    return cache._give(self.loader, data, ids)
+    "A pass over `given` begins"
+    self.whole = NumberedPass(self.given)
+    return [i for ids in self.whole.batches for i in ids]
 
 @patch
 def after_iter(self:_View):
+    "A pass is over"
     self.whole.end()
-    if self.idxs is None or not self.data: return
+    if self.data is None: return
     self.data.is_whole = True
-    if num_distrib() < 2 or not _is_share(self.given): self.data.publish()
+    if self.given is self.loader: self.cache._publish(self.data) # else it has to be shared before
+
+# %% ../nbs/07_features.ipynb #f0c00001
+@patch
+def _batches(self:_View, ids):
+    "The batches of these items; those that lack something are read by the loader, in the order of the pass"
+    if not self.whole: self.whole = NumberedPass(self.given, ([], torch.get_rng_state())) # goes on with another
+    left,plan,done = list(chunked(ids, self.bs, self.given.drop_last)),None,0
+    if left: self._begin(left[0], together=True)
+    while left:
+        if (again := self._kept() is not self.data): self._begin(left[0]) # the body has changed
+        if again or plan is None:
+            parts = left[:] if self.data is None else self._parts(left)
+            plan = zip(parts, self.whole.load(parts) if parts else ())
+        ids,self.cache._given = left.pop(0),None
+        while self.data and self.data.missing(ids): self._keep(*next(plan))
+        b = self._give(ids) if self.data else next(plan)[1]
+        self.given.i = done = done+len(ids) # `DistributedDL` counts the items
+        yield b
+
+# %% ../nbs/07_features.ipynb #f0c00002
+@patch
+def _parts(self:_View, chunks):
+    "What has to be read for these batches, each item once, in batches that are full if the loader drops others"
+    ids = self.data.missing(i for ids in chunks for i in ids)
+    if ids and self.given.drop_last: ids += (ids*self.bs)[:-len(ids)%self.bs]
+    return list(chunked(ids, len(chunks[0])))
+
+@patch
+def _keep(self:_View, ids, raw):
+    "Compute what the body gives for the items `ids`"
+    xb,yb = self._split(raw, len(ids))
+    with self.cache._autocast: self.data.put(ids, self.cache._cut.body(xb), _tensors(xb)[0].device)
+    self.targets.put(ids, yb)
+    self.cache._say(self.data)
+
+@patch
+def _give(self:_View, ids):
+    "The batch of the items `ids`: features in the place of each input"
+    if lacks := self.targets.missing(ids): self.targets.put(lacks, self._read_targets(lacks, self.alone))
+    xb = (self.cache.learn._set_device(self.data.get(ids)),)*getattr(self.cache.dls, 'n_inp', 1)
+    self.cache._given = _state(xb)
+    return xb + self.targets.get(ids)
+
+def _state(tree): return [(o.data_ptr(), o._version) for o in _tensors(tree)]
 
 # %% ../nbs/07_features.ipynb #c08c4dc6
-def _read(loader, ids, alone=None):
-    "The batch of these items, read in this process, or of their targets `alone`"
-    items = alone
+@patch
+def _split(self:_View, b, n):
+    "Inputs and targets of a batch of `n` items, as `Learner` splits them"
+    b = self.cache.learn._set_device(_plain(tuple(b)))
+    n_inp = getattr(self.cache.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
+    if not _tensors(b) or len(_tensors(b)[0]) != n:
+        raise ValueError('`FeatureCache` can\'t keep items that are skipped')
+    return b[:n_inp],b[n_inp:]
+
+@patch
+def _read(self:_View, ids, items=None):
+    "A batch that is read in this process, of the items `ids` or of `items` in their place"
+    loader = self.loader
     if isinstance(loader, TorchLoader): return loader.collate_fn(items or [loader.dataset[i] for i in ids])
-    items = [loader.after_item(o) for o in items] if items else [loader.do_item(i) for i in ids]
-    b = loader.do_batch(items)
+    read = [loader.after_item(o) for o in items] if items else [loader.do_item(i) for i in ids]
+    b = loader.do_batch([o for o in read if o is not None])
     return loader.after_batch(b if loader.device is None else to_device(b, loader.device))
 
-def _targets_alone(loader, ids, n_inp):
-    "The targets of items without their inputs, where the data set can tell them apart"
-    ds = loader.dataset
-    if isinstance(ds, Datasets): parts = ds.tls[ds.n_inp:]
-    elif type(ds) is TensorDataset: parts = ds.tensors[n_inp:]
-    else: return
-    return tuple(_read(loader, ids, [tuple(o[i] for o in parts) for i in ids]))
+@patch
+def _read_targets(self:_View, ids, alone):
+    "Those of `ids`, or those that the data set has apart from its inputs, `alone`"
+    ds,n_inp = self.loader.dataset,getattr(self.cache.dls, 'n_inp', 1)
+    parts = ds.tls[n_inp:] if isinstance(ds, Datasets) else ds.tensors[n_inp:] if type(ds) is TensorDataset else ()
+    if not alone: return to_device(self._split(self._read(ids), len(ids))[1], 'cpu')
+    return to_device(_plain(tuple(self._read(ids, [tuple(o[i] for o in parts) for i in ids]))), 'cpu')
 
 # %% ../nbs/07_features.ipynb #49d55c05
 class FeatureCache(FitCallback):
@@ -404,8 +391,7 @@ class FeatureCache(FitCallback):
     # `MixedPrecision` (10) has begun to cast, `DistributedTrainer` (11) has wrapped the loader,
     # and `ShortEpochCallback` (12) has not shortened it
     order = 11.5
-    _cut = _given = _sent = _key = None
-    _stateattrs = '_cut','_given','_sent','_key','_kept','_prints','_trusted','_whole','_targets','_alone','_in_fit'
+    _cut = _given = _body = None
 
     def __init__(self,
         body:nn.Module|Callable=None, # Module whose output is kept, or a function of the model; None: rule 2
@@ -419,228 +405,87 @@ class FeatureCache(FitCallback):
         check('path', path, (str, Path, NoneType), 'a path')
         self.body,self.views,self.path,self._kept = body,views,path,{}
 
-    def __getstate__(self):
-        "A copy has the arguments, and computes anew"
-        return {k: v for k,v in vars(self).items() if k not in self._stateattrs} | dict(_kept={})
+    def __getstate__(self): # a copy has the arguments, and computes anew
+        return {k: v for k,v in vars(self).items() if not k.startswith('_')} | dict(_kept={})
 
-    @property
-    def nbytes(self): return sum(o.nbytes for o in self._kept.values())
+    nbytes = property(lambda self: sum(o.nbytes for o in self._kept.values()))
 
 # %% ../nbs/07_features.ipynb #a24c1b14
 @patch
 def start_fit(self:FeatureCache):
-    self._prints,self._targets,self._alone,self._trusted,self._whole,self._said = {},{},{},set(),set(),set()
-    model = getattr(self.learn.model, 'module', self.learn.model)
     if hasattr(self.learn, 'micro_batch'): raise ValueError(
         '`FeatureCache` and `MicroBatch` exclude each other: a head on features needs little memory, so leave it out')
+    mixed = [cb for cb in self.learn.cbs if isinstance(cb, MixedPrecision)]
+    self._views,self._said,self._autocast = {},set(),mixed[0].autocast if mixed else nullcontext()
     overfits = any(getattr(cb, 'overfit', False) for cb in self.learn.cbs) # a few batches, kept already
-    self._cut = None if overfits or hasattr(self.learn, 'lr_finder') else _cut(model, self.body)
+    if overfits or hasattr(self.learn, 'lr_finder'): return
+    self._cut = _cut(getattr(self.learn.model, 'module', self.learn.model), self.body)
+    if self._cut: self._cut.form += repr([cb.amp_mode for cb in mixed])
 
 @patch
 def end_fit(self:FeatureCache):
     if self._cut: self._cut.remove()
-    self._cut = self._given = self._sent = None
-    self._targets,self._alone,self._trusted,self._said = {},{},set(),set()
-    if not sys.exc_info()[0]: return
-    for o in self._kept.values(): # nothing half is kept
-        if not o.is_whole and o.beside: _remove(o.beside, os.getpid())
-    self._kept = {k: o for k,o in self._kept.items() if o.is_whole}
+    self._cut,self._given,self._views,self._said = None,None,{},set()
+    failed = sys.exc_info()[0] # then nothing half is kept
+    self._kept = {k: o for k,o in self._kept.items() if 'once' not in k and (o.is_whole or not failed)}
 
+# %% ../nbs/07_features.ipynb #a24c1b15
 @patch
 def before_train(self:FeatureCache):
     self._begin()
-    if self._cut: self.learn.dl = _View(self.dl, self)
+    self._view()
 
 @patch
 def before_validate(self:FeatureCache):
-    if not self._cut or self._looking: return
-    with suppress(ValueError): self.learn.dl = _View(self.dl, self) # else it is validated whole
-
-# %% ../nbs/07_features.ipynb #a3f30ed0
-@patch
-def _data(self:FeatureCache, loader):
-    "What is kept for `loader` in this epoch; None where the whole model is to run"
-    if not self._cut or not self._cut.is_frozen() or loader in self._whole: return
-    if self._key != (key := self._cut.key()): self._key,self._kept = key,{}
-    if loader not in self._prints: self._prints[loader] = _print_of(loader)
-    name = f'{key}-{self._prints[loader]}-{self.epoch%self.views if self.training else "valid"}'
-    if name not in self._kept:
-        n = loader.n if isinstance(loader, DataLoader) else len(loader.dataset)
-        self._kept[name] = _Store(n, self.path and Path(self.path)/f'{name}.features')
-    return self._kept[name]
+    if not self._looking:
+        with suppress(ValueError): self._view() # else it is validated whole
 
 @patch
-def _split(self:FeatureCache, b):
-    "Inputs and targets, as `Learner` splits them"
-    b = self.learn._set_device(_plain(tuple(b)))
-    return b[:self._n_inp(b)],b[self._n_inp(b):]
+def _view(self:FeatureCache): # one a loader, throughout a fit
+    if self._cut: self.learn.dl = self._views.setdefault(id(self.dl), _View(self.dl, self))
 
-@patch
-def _n_inp(self:FeatureCache, b): return getattr(self.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
-
-@patch
-def _target_store(self:FeatureCache, loader, data): return self._targets.setdefault(loader, _Store(data.n))
-
-# %% ../nbs/07_features.ipynb #3a966ac3
-@patch
-def _lacks(self:FeatureCache, loader, data, ids):
-    "The items that have to be read"
-    targets = [] if self._alone.get(loader) else self._target_store(loader, data).missing(ids)
-    return [*dict.fromkeys(data.missing(ids)+targets)]
-
-@patch
-def _parts(self:FeatureCache, loader, data, chunks):
-    "What has to be read for these batches, each item once, in batches that are full if the loader drops others"
-    ids = self._lacks(loader, data, [i for ids in chunks for i in ids])
-    if ids and getattr(loader, 'drop_last', False): ids += (ids*loader.bs)[:-len(ids)%loader.bs]
-    return list(chunked(ids, len(chunks[0])))
-
-# %% ../nbs/07_features.ipynb #7db9086f
-@patch
-def _keep(self:FeatureCache, loader, data, ids, raw):
-    "Compute what is missing of the items `ids`"
-    xb,yb = self._split(raw)
-    if len(_tensors(xb)[0]) != len(ids): raise ValueError('`FeatureCache` can\'t keep items that are skipped')
-    with self._autocast():
-        if data.missing(ids): data.put(ids, self._cut.body(xb), _tensors(xb)[0].device)
-    if yb: self._target_store(loader, data).put(ids, yb, 'cpu')
-    self._say(data)
-
-@patch
-def _give(self:FeatureCache, loader, data, ids):
-    "The batch of the items `ids`"
-    targets,n_inp = self._target_store(loader, data),getattr(self.dls, 'n_inp', 1)
-    if self._alone.get(loader) and (lacks := targets.missing(ids)):
-        targets.put(lacks, self._split_targets(loader, lacks), 'cpu')
-    features = self.learn._set_device(data.get(ids))
-    self._given = _state(features)
-    return (features,)*n_inp + tuple(targets.get(ids) if targets.rows is not None else ())
-
-@patch
-def _split_targets(self:FeatureCache, loader, ids):
-    return tree_map(lambda o: o.as_subclass(torch.Tensor), _targets_alone(loader, ids, getattr(self.dls, 'n_inp', 1)))
-
-def _state(tree): return [(o.data_ptr(), o._version) for o in _tensors(tree)]
-
-# %% ../nbs/07_features.ipynb #8b06cb97
 @patch
 def before_batch(self:FeatureCache):
-    if self._looking or self._given is None: return
-    given,self._given = self._given,None
-    if _state(self.learn.xb[0]) != given: raise ValueError(_mixes(self.learn))
-    self.learn.xb = _mark(self.learn.xb) # in the place of each input
-    self._sent = _state(self.learn.xb)
+    if self._given and not self._looking: self.learn.xb = _mark(self.learn.xb)
 
 @patch
 def after_pred(self:FeatureCache):
-    "Did a later callback give the body another batch?"
-    if self._looking or self._sent is None: return
-    sent,self._sent = self._sent,None
-    if _state(self.learn.xb) != sent: raise ValueError(_mixes(self.learn))
+    if not self._given or self._looking: return
+    given,self._given = self._given,None
+    if _state(self.learn.xb) != given: raise ValueError(_mixes(self.learn))
+
+# %% ../nbs/07_features.ipynb #a3f30ed0
+@patch
+def _store(self:FeatureCache, body, name, n):
+    "What is kept of `n` items under this name; the features of another body are of no use"
+    if self._body != body: self._body,self._kept = body,{}
+    place = Path(self.path)/f'{body}-{name}.features' if self.path and 'once' not in name else None
+    if name not in self._kept: self._kept[name] = _Store(n, place)
+    return self._kept[name]
+
+@patch
+def _forget(self:FeatureCache, data):
+    with suppress(OSError):
+        if data.place: data.place.unlink(missing_ok=True)
+    self._kept = {k: o for k,o in self._kept.items() if o is not data}
+
+@patch
+def _publish(self:FeatureCache, data):
+    "A disk that is full ends no fit that has its features"
+    if not data.place or not data.fresh: return
+    try: data._save()
+    except (OSError, RuntimeError) as e:
+        self.warn_once(f'`FeatureCache` could not write {data.nbytes/1e6:,.1f} MB to {self.path}, and will compute '
+                       f'them again in another process: {e}')
 
 @patch
 def _say(self:FeatureCache, data):
     if data in self._said or self.learn.logger is noop: return
     self._said.add(data)
-    shape = ' and '.join('×'.join(map(str, o[1])) for o in data.forms)
-    print(f'FeatureCache keeps what {self._cut} gives: {shape} for each of {data.n:,} items, '
-          f'{data.nbytes/1e6:,.1f} MB {f"in {self.path}" if self.path else f"on {data.rows.device}"}')
-
-@patch
-def _autocast(self:FeatureCache):
-    return next((cb.autocast for cb in self.learn.cbs if isinstance(cb, MixedPrecision)), nullcontext())
-
-# %% ../nbs/07_features.ipynb #4ae2f1bc
-def _close(a, b):
-    a,b = tree_leaves(a),tree_leaves(b)
-    return len(a) == len(b) and all(map(_leaves_close, a, b))
-
-def _leaves_close(a, b):
-    if not isinstance(a, torch.Tensor): return type(a) is type(b)
-    a,b = (o.detach().as_subclass(torch.Tensor) for o in (a, b))
-    if a.shape != b.shape or a.dtype != b.dtype: return False
-    if not a.is_floating_point() or not a.numel(): return torch.equal(a, b)
-    digits = torch.finfo(a.dtype).eps**.5
-    return torch.allclose(a, b, rtol=0, atol=digits*b.abs().nan_to_num().max().item(), equal_nan=True)
-
-# %% ../nbs/07_features.ipynb #c361d92a
-@patch
-def _trust(self:FeatureCache, loader, data, ids):
-    "`data` if it is still what the model would compute, else new ones; None where the whole model has to run"
-    try:
-        with no_random(), self._autocast():
-            if data.known.any():
-                if self._is_still_true(loader, data): return data
-                if data.place: _remove(data.place, os.getpid())
-                self._kept = {k: o for k,o in self._kept.items() if o is not data}
-                del self._prints[loader]
-                data = self._data(loader)
-            self._look(loader, data, ids)
-            return data
-    except ValueError:
-        if self.training: raise
-        self._whole.add(loader) # validation that differs each time is right without the cache
-
-# %% ../nbs/07_features.ipynb #efcbef34
-@patch
-def _is_still_true(self:FeatureCache, loader, data):
-    "In a fit's first pass two items are computed, in each they are read"
-    same,first = self.views == 1 or not self.training,data not in self._trusted
-    if not first and not same: return True
-    ids,x = data.witness or (np.flatnonzero(data.known)[:2].tolist(), None)
-    xb,yb = self._split(_read(loader, ids))
-    if same and x is not None and not _close(xb, x): return False
-    self._look_at_targets(loader, data, ids, yb)
-    if not first: return True
-    try: self._check_rest(xb, self.learn._set_device(data.get(ids)) if same else self._cut.body(xb))
-    except ValueError: return False # what is wrong is said when they are computed anew
-    data.witness = ids,xb
-    self._trusted.add(data)
-    return True
-
-# %% ../nbs/07_features.ipynb #7d5e7b29
-@patch
-def _look(self:FeatureCache, loader, data, ids):
-    "Read the first batch twice, in another order and size, and compute some of it both ways"
-    cut,back = self._cut,list(range(len(ids)-2, -1, -1)) or [0]
-    xb,yb = self._split(_read(loader, ids))
-    if self.views == 1 or not self.training:
-        again,_ = self._split(_read(loader, [ids[i] for i in back]))
-        if not _close(again, _rows(xb, back)): raise ValueError(_random_data(loader))
-    some,back = _rows(xb, slice(8)),back[-7:]
-    try: features = cut.body(some)
-    except TypeError as e:
-        raise ValueError(f'`FeatureCache`: {cut} can\'t take the model\'s inputs, so it is not its front: {e}') from e
-    if not _tensors(features) or any(len(o) != len(ids[:8]) for o in _tensors(features)): raise ValueError(
-        f'`FeatureCache`: {cut} gives {_shapes(features)} for {len(ids[:8])} items, not a row for each')
-    if not _close(cut.body(_rows(some, back)), _rows(features, back)): raise ValueError(_random_body(cut, some, back))
-    self._check_rest(some, features)
-    self._look_at_targets(loader, data, ids, yb)
-    data.witness = ids[:2],tree_map(torch.clone, _rows(xb, slice(2)))
-    self._trusted.add(data)
-
-# %% ../nbs/07_features.ipynb #5a6f0c91
-@patch
-def _check_rest(self:FeatureCache, xb, features):
-    "Does the rest of the model give the same from the features alone?"
-    why = f'`FeatureCache`: the rest of the model wants more than what comes out of {self._cut}'
-    try: out = self._cut.whole((_mark(features),)*len(xb))
-    except Exception as e: raise ValueError(f'{why}: {e}') from e
-    if not _close(self._cut.whole(xb), out):
-        raise ValueError(f'{why}, or the input is changed before it. Cut the model elsewhere, with `body`')
-
-@patch
-def _look_at_targets(self:FeatureCache, loader, data, ids, yb):
-    "Those of this epoch may be others; and can they be had without their inputs?"
-    targets = self._target_store(loader, data)
-    if targets.known.any() and not _close(yb, self.learn._set_device(targets.get(ids))): del self._targets[loader]
-    with suppress(Exception): self._alone[loader] = _close(yb, self.learn._set_device(self._split_targets(loader, ids)))
+    print(f'FeatureCache keeps what {self._cut} gives: {_shapes(data.rows)} for each of {data.n:,} items, '
+          f'{data.nbytes/1e6:,.1f} MB {f"in {self.path}" if data.place else f"on {data.rows[0].device}"}')
 
 # %% ../nbs/07_features.ipynb #3b34f084
-def _contiguous(o): return o.detach().clone(memory_format=torch.contiguous_format) # its strides, too
-
-def _shapes(tree): return ' and '.join(str(tuple(o.shape)) for o in _tensors(tree)) or 'no tensor'
-
 def _mixes(learn):
     "Which callback is it that changes the batch?"
     def is_users(cb): return type(cb).__module__.partition('.')[0] not in ('fastai', 'fastcb_training')
@@ -649,44 +494,144 @@ def _mixes(learn):
     return (f'`FeatureCache`: a callback has changed the batch before the body: {", ".join(some) or "unknown"}. '
             'What it makes is another each time: take it out, or do without the cache')
 
-# %% ../nbs/07_features.ipynb #f2796e01
+# %% ../nbs/07_features.ipynb #4ae2f1bc
+def _close(a, b):
+    a,b = tree_leaves(a),tree_leaves(b)
+    return len(a) == len(b) and all(map(_leaves_close, a, b))
+
+def _leaves_close(a, b):
+    if not isinstance(a, torch.Tensor): return type(a) is type(b)
+    a,b = (_plain(o).detach() for o in (a, b))
+    if a.shape != b.shape or a.dtype != b.dtype: return False
+    if not a.is_floating_point() or not a.numel(): return torch.equal(a, b)
+    digits = torch.finfo(a.dtype).eps**.5
+    return torch.allclose(a, b, rtol=0, atol=digits*b.abs().nan_to_num().max().item(), equal_nan=True)
+
+# %% ../nbs/07_features.ipynb #efcbef34
+@patch
+def _look(self:_View):
+    "Read two items with the same random numbers: they name the data. Are the targets still the same?"
+    ids = sorted({0, self.n-1})
+    def read(): return self._split(self._read(ids), len(ids))
+    xb,yb = read()
+    seen = _digest(*_tensors(xb))
+    if self.content is None: # in the first pass of a fit
+        with no_random(): repeats = seen == _digest(*_tensors(read()[0]))
+        self.content = repeats and _digest(_content(self.loader.dataset)) # else they are of use in this fit only
+        with suppress(Exception): self.alone = _close(to_device(yb, 'cpu'), self._read_targets(ids, True))
+    if self.content and self.label != (label := _digest(self.content, seen)):
+        self.cache._kept = {k: o for k,o in self.cache._kept.items() if self.label not in k}
+        self.label = label
+    known = np.flatnonzero(self.targets.known)[:2].tolist()
+    if known and not _close(self._read_targets(known, self.alone), self.targets.get(known)):
+        self.targets = _Store(self.n)
+
+# %% ../nbs/07_features.ipynb #7d5e7b29
+@patch
+def _check(self:_View, data, ids):
+    "Raise where features can't take the place of the items `ids`; or are those that are kept of them others?"
+    cut,back,is_new = self.cache._cut,list(range(len(ids)-2, -1, -1)) or [0],not data.known.any()
+    repeats = self.cache.views == 1 or not self.cache.training
+    def read(ids): return self._split(self._read(ids), len(ids))[0]
+    xb = read(ids)
+    if is_new and repeats and not _close(read([ids[i] for i in back]), _rows(xb, back)): # in another order and number
+        raise ValueError(_random_data(self.loader))
+    some,back,n = _rows(xb, slice(8)),back[-7:],len(ids[:8])
+    try: features = cut.body(some)
+    except TypeError as e:
+        raise ValueError(f'`FeatureCache`: {cut} can\'t take the model\'s inputs, so it is not its front: {e}') from e
+    if not tree_leaves(features) or any(getattr(o, 'shape', ())[:1] != (n,) for o in tree_leaves(features)):
+        raise ValueError(f'`FeatureCache`: {cut} does not give tensors with a row for each of {n} items')
+    if not cut.is_sound: # which is so in a fit's first pass
+        if is_new and not _close(cut.body(_rows(some, back)), _rows(features, back)):
+            raise ValueError(_random_body(cut, some, back))
+        self._check_rest(some, features)
+        cut.is_sound = True
+    return is_new or not repeats or _close(self.cache.learn._set_device(data.get(ids)), features)
+
+@patch
+def _check_rest(self:_View, xb, features):
+    "Does the rest of the model give the same from the features alone?"
+    cut = self.cache._cut
+    why = f'`FeatureCache`: the rest of the model wants more than what comes out of {cut}'
+    try: out = cut.whole((_mark(features),)*len(xb))
+    except Exception as e: raise ValueError(f'{why}: {e}') from e
+    if not _close(cut.whole(xb), out):
+        raise ValueError(f'{why}, or the input is changed before it. Cut the model elsewhere, with `body`')
+
+# %% ../nbs/07_features.ipynb #c361d92a
+@patch
+def _begin(self:_View, ids, together=False):
+    "Look at the data again, and choose what this pass is given from; `ids` is its next batch"
+    error = None
+    try:
+        with no_random(), self.cache._autocast: self.data = self._choose(ids)
+    except ValueError as e: # validation that differs each time is right without the cache
+        error,self.runs_whole,self.data = e if self.cache.training else None,True,None
+    if together and num_distrib() > 1 and self.given is not self.loader: error = self._share(error)
+    if error: raise error
+
+@patch
+def _choose(self:_View, ids):
+    cut = None if self.runs_whole else self.cache._cut
+    if not cut: return
+    self._look() # first, while the random numbers are those of each look
+    if self.cache.training: cut.look()
+    if (data := self._kept()) is None or data in self.checked: return data
+    if data.known.any() and not self._check(data, np.flatnonzero(data.known)[:2].tolist()):
+        self.cache._forget(data)
+        data = self._kept()
+    if not data.known.any(): self._check(data, ids[:32])
+    self.checked.add(data)
+    return data
+
+@patch
+def _kept(self:_View):
+    "What is kept for this pass, of the body as it is now; None where the whole model is to run"
+    cache = self.cache
+    if self.runs_whole or not cache._cut or not cache._cut.is_frozen(): return
+    turn = cache.epoch%cache.views if cache.training else 'valid'
+    return cache._store(cache._cut.key(), f'{self.label}-{turn}', self.n)
+
+# %% ../nbs/07_features.ipynb #3b34f085
 def _random_data(loader):
     pipes = [getattr(loader, o, None) for o in ('after_item', 'before_batch', 'after_batch')]
     pipes += [t.tfms for t in getattr(loader.dataset, 'tls', ())]
-    tfms = [t for pipe in pipes if isinstance(pipe, Pipeline) for t in pipe.fs]
-    found = [t for t in tfms if isinstance(t, RandTransform) or hasattr(t, 'before_call')]
+    found = [t for pipe in pipes if isinstance(pipe, Pipeline) for t in pipe.fs
+             if isinstance(t, RandTransform) or hasattr(t, 'before_call')]
     names = ', '.join(dict.fromkeys(type(t).__name__ for t in found))
-    names = names or f'the data set, a {type(loader.dataset).__name__}'
     crops = ' `Resize` crops at random in training: `Resize(size, method=\'squish\')` does not.'
-    return (f'`FeatureCache`: the data is read differently each time, by {names}.'
+    return (f'`FeatureCache`: the data is read differently each time, by '
+            f'{names or f"the data set, a {type(loader.dataset).__name__}"}.'
             f'{crops if any(isinstance(t, Resize) for t in found) else ""} '
             'Leave out what is random, or keep several readings with `views`')
 
 def _random_body(cut, xb, back):
+    "Which layer is it that gives something else for the same items?"
     names,seen = {m: name for name,m in cut.model.named_modules()},[{}, {}]
     for outs,rows in zip(seen, (slice(None), back)):
         def note(m, args, out, outs=outs): outs.setdefault(m, out)
         hooks = [m.register_forward_hook(note) for u in cut.units.values() for m in u.modules()]
         try: cut.body(_rows(xb, rows))
         finally: [o.remove() for o in hooks]
-    layer = next((m for m in seen[0] if not _close(_rows(seen[0][m], back), seen[1].get(m))), [*cut.units.values()][0])
+    def same(m):
+        with suppress(IndexError): return _close(_rows(seen[0][m], back), seen[1].get(m))
+    layer = next((m for m in seen[0] if not same(m)), [*cut.units.values()][0])
     return (f'`FeatureCache`: layer `{names[layer]}` ({type(layer).__name__}) of the body gives something else for '
             'the same items, even in eval mode: it is random, or depends on the other items of the batch. '
             'Cut the model before it, with `body`')
 
 # %% ../nbs/07_features.ipynb #de731ec1
 @patch
-def _share(self:FeatureCache, view):
-    if not _is_share(view.given) or num_distrib() < 2: return
-    loader,data = view.loader,self._data(view.loader)
-    targets = data and self._target_store(loader, data)
-    mine = data and [(o.fresh, to_device(o.get(o.fresh), 'cpu')) if o.fresh else None for o in (data, targets)]
-    every = [None]*num_distrib()
-    dist.all_gather_object(every, mine)
-    if not data: return
-    for theirs in filter(None, every):
-        for store,one in zip((data, targets), theirs):
-            if one and (rows := [k for k,i in enumerate(one[0]) if not store.known[i]]):
-                store.put([one[0][k] for k in rows], _rows(one[1], rows), self.learn._set_device(torch.empty(0)).device)
-    if not rank_distrib() and data.is_whole: data.publish()
-    data.fresh,targets.fresh = [],[]
+def _share(self:_View, error):
+    "Every process gets what the others have computed, or the error of one of them"
+    data,every = self.data,[None]*num_distrib()
+    mine = (data.fresh, to_device(data.get(data.fresh), 'cpu')) if data and data.fresh else ([], None)
+    dist.all_gather_object(every, (*mine, error and str(error)))
+    for ids,tree,_ in every:
+        if data and (rows := [k for k,i in enumerate(ids) if not data.known[i]]):
+            device = self.cache.learn._set_device(torch.empty(0)).device
+            data.put([ids[k] for k in rows], _rows(tree, rows), device)
+    if data and data.is_whole and not rank_distrib(): self.cache._publish(data)
+    if data: data.fresh = []
+    return error or next((ValueError(e) for *_,e in every if e), None)

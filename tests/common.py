@@ -132,7 +132,8 @@ ours = dict(
     accumulation=lambda: [GradientAccumulation(8, flush=True)],
     clip=lambda: [GradientClip(.1)], bnfreeze=lambda: [BnFreeze()], micro=lambda: [MicroBatch(3)],
     features=lambda: [FeatureCache()], resume=lambda: [ResumeFit(next(_files))])
-ours['all'] = lambda: [cb for k,f in ours.items() if k not in ('features', 'all') for cb in f()]
+def _all_but(name): return lambda: [cb for k,f in ours.items() if k != name and not k.startswith('all') for cb in f()]
+ours |= dict(all=_all_but('features'), all_features=_all_but('micro')) # the two exclude each other
 
 
 def start_over(learn, probe, zero=True):

@@ -15,6 +15,7 @@ from common import *
 from fastcb_training.bnfreeze import BnFreeze, frozen_bn
 from fastcb_training.accumulation import GradientAccumulation
 from fastcb_training.clip import GradientClip
+from fastcb_training.features import FeatureCache
 from fastcb_training.microbatch import MicroBatch
 from fastcb_training.shortepoch import ShortEpochCallback
 
@@ -48,7 +49,7 @@ class Items(Callback):
     "Record the items of each batch, before anybody mixes them"
     order = -100
     def before_fit(self): self.train,self.valid = [],[]
-    def before_batch(self): (self.train if self.training else self.valid).append(self.x[:, 0, 0, 0].tolist())
+    def before_batch(self): (self.train if self.training else self.valid).append(self.x.flatten(1)[:, 0].tolist())
 
 class Watch(Callback):
     "Record what each batch brings to the gradient, taken from its loss, and what each step makes of it"
@@ -121,14 +122,14 @@ def check(learn, fit, course, finds):
     n_batches = 12 if finds else n_epoch*k
     assert len(fit.batches) == len(fit.losses) == len(fit.items) == n_batches and np.isfinite(fit.losses).all()
     assert len(fit.valid) == (0 if finds else n_epoch*k_valid)
-    check_items(learn, fit.items, n if short and short.resume else k)
+    if FeatureCache not in fit.cbs: check_items(learn, fit.items, n if short and short.resume else k) # else features come
     check_steps(fit, learn.loss_func.reduction == 'sum')
     # Rates
     rates = [course(i/(12 if finds else fit.n_epoch*k)) for i in range(n_batches)]
     if ReduceLROnPlateau not in fit.cbs or rates[0] != rates[-1]: assert np.allclose(fit.lrs, rates, rtol=1e-4)
     # Statistics
     names = set(fit.before)
-    held = set() if not held else fit.frozen if held.only_frozen else names
+    held = names if held and not held.only_frozen else fit.frozen if held or FeatureCache in fit.cbs and not finds else set()
     assert {o for o in names if fit.before[o] != fit.after[o]} == names-held
 
 def n_short(cb, n, more=False):
@@ -187,7 +188,7 @@ ours = [
     st.one_of(st.just('GradientClip'), call('GradientClip', ['.01', '1', '1e3', 'inf'], [2, 1, 'inf'],
               nonfinite=["'skip'", "'raise'", "'ignore'"])),
     st.one_of(st.just('BnFreeze'), call('BnFreeze', only_frozen=bools)),
-    st.one_of(st.just('MicroBatch'), call('MicroBatch', [3, 4, 6, 100]))]
+    st.one_of(st.just('MicroBatch'), call('MicroBatch', [3, 4, 6, 100]), call('FeatureCache', [None, 'lambda m: m[0]'], views=[2]))]
 trackers = [call(o, patience=[1, 2]) for o in ('EarlyStoppingCallback', 'ReduceLROnPlateau')]
 savers = [call('SaveModelCallback', **{k: [True]}) for k in ('with_opt', 'every_epoch', 'at_end')]
 theirs = [call('CpuMixedPrecision', ["'bf16'"], init_scale=[1024.]),
@@ -206,6 +207,8 @@ def cases(draw):
     if n%bs == 1: n += 1  # batchnorm and `MixUp` need two items
     kwargs = dict(n=n, bs=bs, reduction=reduction)
     kwargs |= {o: draw(st.booleans()) for o in ('shuffle', 'drop_last', 'train_bn')}
+    if any(o.startswith('FeatureCache') for o in cbs): # its body is frozen whole, and gets what the loader gives
+        kwargs['train_bn'],cbs = False,[o for o in cbs if not o.startswith(('MixUp', 'CutMix'))]
     lr = draw(st.sampled_from([.01, .03])) / (1 if reduction == 'mean' else 10)
     def listed(on): return f"[{', '.join(cb for cb,o in zip(cbs, on_learner) if o == on)}]"
     arguments = ', '.join(f'{k}={v!r}' for k,v in kwargs.items())

@@ -187,9 +187,9 @@ def test_a_checkpoint_loaded_between_epochs(name, moment, on_learner, tmp_path):
     epoch = dict(after_epoch=0, before_epoch=1)[moment]
     learn.fit(2, .1, cbs=[*([] if on_learner else cbs), At(moment, load, ep=epoch, order=100)])
     rows = learn.recorder.values
-    if name not in ('short', 'all'): assert rows[0][1:] == rows[1][1:] # those go on in the data
+    if name != 'short' and not name.startswith('all'): assert rows[0][1:] == rows[1][1:] # those go on in the data
     assert len(rows) == 2 and np.isfinite(rows).all()
-    if name in ('bnfreeze', 'all'): assert stats(learn.model)['0.1'] == stats(frozen_net())['0.1']
+    if name == 'bnfreeze' or name.startswith('all'): assert stats(learn.model)['0.1'] == stats(frozen_net())['0.1']
     start_over(learn, probe)
     assert_same(fit_anew(learn, probe, None if on_learner else cbs), as_new(name))
 

@@ -1,7 +1,7 @@
 """FeatureCache against the fit without it, whose frozen body a small callback holds in eval mode whole
 
 Run as a script by several processes, it is what each of them does."""
-import gc, math, os, subprocess, sys, time
+import gc, math, os, pickle, subprocess, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -98,17 +98,43 @@ def test_bit_for_bit_where_batches_do_not_matter():
     "All batches are of one size: then the body's output is the same in each"
     assert_same(fit(learner(), FeatureCache()), fit(learner(), Held()))
 
-def test_a_loader_of_pytorch_in_order():
-    (got,n),(expected,_) = [(fit(learner(data(view=TorchLoader)), cb), Body.n) for cb in (FeatureCache(), Held())]
+def test_a_head_that_writes_into_its_input():
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 4).requires_grad_(False), nn.Dropout(.3, inplace=True), nn.Linear(4, 1))
+    assert_same(*[fit(learner(model=model()), cb) for cb in (FeatureCache(), Held())])
+
+loaders = dict(
+    torch=dict(view=TorchLoader), torch_shuffle=dict(view=TorchLoader, shuffle=True), torch_drops=dict(view=TorchLoader, drop_last=True, shuffle=True, n=43),
+    torch_generator=dict(view=TorchLoader, shuffle=True, generator=7), torch_workers=dict(view=TorchLoader, shuffle=True, num_workers=2),
+    torch_weighted=dict(view=TorchLoader, sampler=[1., 2.]*20), persistent=dict(num_workers=2, persistent_workers=True, shuffle=True),
+    shuffle_fn=dict(shuffle=True, shuffle_fn=lambda idxs: sorted(idxs, key=lambda i: -i%7)), weighted=dict(view='weighted_dl'), subset=dict(view='subset'))
+
+def loaded(view=DataLoader, generator=None, sampler=None, n=40, **kwargs):
+    "Data as one of `loaders` gives it"
+    if generator: kwargs['generator'] = torch.Generator().manual_seed(generator)
+    if sampler: kwargs['sampler'] = torch.utils.data.WeightedRandomSampler(sampler, 30)
+    if view == 'subset': return DataLoaders(DataLoader(torch.utils.data.Subset(data().train_ds, range(5, 38, 2)), bs=4, shuffle=True), data().valid, device='cpu')
+    if view == 'weighted_dl':
+        dsets = Datasets(range(40), [[lambda i: torch.tensor([i%5, i%3, 1.])], [lambda i: torch.tensor([i/9])]])
+        return DataLoaders(WeightedDL(dsets, bs=8, wgts=range(1, 41)), data().valid, device='cpu')
+    dls = data(n)
+    random.seed(0)
+    return DataLoaders(view(dls.train_ds, 8, **kwargs), dls.valid, device='cpu')
+
+@pytest.mark.parametrize('name', loaders)
+def test_any_loader_with_indices(name):
+    "The body runs once for each item that an epoch has met, however they are drawn"
+    (got,n),(expected,n_held) = [(fit(learner(loaded(**loaders[name])), cb), Body.n) for cb in (FeatureCache(), Held())]
     assert_close(got, expected)
-    assert n < 2*54
+    assert n <= min(n_held, 57) + 2*(8+7+8) + 2*8 # `drop_last` leaves some for later epochs, in full batches
 
 class Stream(IterableDataset):
     def __iter__(self): return iter([tuple(o) for o in data().train_ds])
 
 no_order = dict(
-    shuffles=lambda ds: TorchLoader(ds, 8, shuffle=True), stream=lambda ds: TorchLoader(Stream(), 8), batches=lambda ds: [ds[:8], ds[8:]],
-    weighted=lambda ds: TorchLoader(ds, 8, sampler=torch.utils.data.WeightedRandomSampler([1.]*40, 40)))
+    stream=lambda ds: TorchLoader(Stream(), 8), batches=lambda ds: [ds[:8], ds[8:]],
+    own_batches=lambda ds: TorchLoader(ds, batch_sampler=[[0, 1], [2, 3, 4]]))
 
 @pytest.mark.parametrize('name', no_order)
 def test_loaders_without_indices(name):
@@ -144,13 +170,28 @@ def test_beside_others(name, before, tmp_path):
 def test_a_smoke_test_computes_only_what_it_needs():
     fit(learner(data(n=400)), [cb := FeatureCache(), ShortEpochCallback(n_batches=2)], n_epoch=1)
     assert Body.n <= 2*(2*8+23) # two batches each, and the checks
+    fit(learner(data(n=400)), [FeatureCache(), ShortEpochCallback(n_batches=2, resume=True)], n_epoch=3)
+    assert Body.n <= 3*2*8 + 2*8 + 2*23
 
-def test_train_metrics(): 
-    def run(cb):
-        learn = learner()
-        learn.recorder.train_metrics = True
-        return fit(learn, cb)
-    assert_same(run(FeatureCache()), run(Held()))
+def test_lr_find_sees_the_whole_model():
+    got,expected = [(learn := learner()) and learn.lr_find(num_it=20, show_plot=False) for cb in (FeatureCache(), None)
+                    if seeded() is None and (learn := learner(cbs=[cb] if cb else []))]
+    assert got == expected
+
+def test_a_pickle_has_no_features(tmp_path):
+    "Nor has a copy, in mid-fit too, and an exported Learner"
+    learn,copies = learner(data(n=400), path=tmp_path),[]
+    learn.add_cb(cb := FeatureCache(lambda m: m[0], views=2))
+    fit(learn, At('after_batch', lambda at: copies.append((copy(cb).nbytes, cb.nbytes))))
+    assert all(o == 0 < kept for o,kept in copies) and cb.nbytes == (2*400+14)*5*4
+    learn.remove_cb(cb)
+    cb.body = None
+    assert len(pickle.dumps(cb)) < 1000
+    again = pickle.loads(pickle.dumps(cb))
+    assert not again.nbytes and (again.views, again.path, again.body) == (2, None, None)
+    assert_same(fit(learner(), again), fit(learner(), FeatureCache(views=2)))
+
+def seeded(): return torch.manual_seed(1) and random.seed(1)
 
 
 # The body runs once
@@ -198,9 +239,9 @@ def test_what_changes_between_fits(name):
     assert_close(run(FeatureCache), run(Held), name)
 
 @pytest.mark.parametrize('event', ['before_epoch', 'after_batch'])
-@pytest.mark.parametrize('name', ['mean', 'loaded', 'inputs', 'targets', 'valid', 'order'])
+@pytest.mark.parametrize('name', ['weight', 'mean', 'loaded', 'inputs', 'targets', 'valid', 'order'])
 def test_what_changes_in_a_fit(name, event):
-    "The data from one epoch to the next, the body at any moment"
+    "The data from one epoch to the next, the body at any moment, but from the next epoch if its `.data` is changed"
     if event == 'after_batch' and name not in ('mean', 'loaded'): return
     def run(cb): return fit(learner(), [cb, At(event, changes[name], it=2 if event == 'after_batch' else None, ep=1)])
     assert_close(run(FeatureCache()), run(Held()), name)
@@ -314,11 +355,88 @@ def test_random_validation_is_whole():
     def run(cb): return fit(learner(DataLoaders(data().train, DataLoader(Random(), bs=8), device='cpu')), cb)
     assert_close(run(FeatureCache()), run(Held()))
 
-def test_as_many_views_as_epochs_is_the_usual_training():
-    def run(cb): return fit(learner(DataLoaders(DataLoader(Random(), bs=5, shuffle=True), data().valid, device='cpu')), cb, n_epoch=2)
-    def same(cb): return run(cb) if random.seed(0) is None else None
-    got,expected = same(FeatureCache(views=2)),same(Held())
-    assert_same(got, expected)
+class OwnRandom(Random):
+    "Its random numbers are nobody else's"
+    def __init__(self): self.rng = np.random.default_rng(0)
+    def __getitem__(self, i): return torch.full((3,), i+self.rng.normal()).float(),torch.ones(1)
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_as_many_views_as_epochs_is_the_usual_training(num_workers):
+    "The seeds of workers are those of the usual training"
+    def run(cb):
+        random.seed(0)
+        dl = DataLoader(Random(), bs=5, shuffle=True, num_workers=num_workers)
+        return fit(learner(DataLoaders(dl, data().valid, device='cpu')), cb, n_epoch=2)
+    assert_same(run(FeatureCache(views=2)), run(Held()))
+
+def test_random_numbers_that_cannot_be_seeded(tmp_path):
+    "Such features are good for the fit, and for no other: they are not kept, neither in memory nor on disk"
+    cb,ns = FeatureCache(views=2, path=tmp_path),[]
+    for _ in range(2):
+        fit(learner(DataLoaders(DataLoader(OwnRandom(), bs=5), data().valid, device='cpu')), cb, n_epoch=4)
+        ns.append(Body.n)
+    assert 40+14 <= ns[0] <= 40+14+3*23 and ns[1] >= 40 and len(files(tmp_path)) == 1 # of the validation set
+    assert cb.nbytes == 14*5*4
+
+def test_a_model_that_is_refused_spoils_no_features():
+    cb,dls = FeatureCache(lambda m: m.body),data()
+    def model(more):
+        torch.manual_seed(0)
+        return Skips(more)
+    learner(dls, model('')).fit(1, cbs=cb)
+    with pytest.raises(ValueError, match='wants more'): learner(dls, model('input')).fit(1, cbs=cb)
+    assert cb.nbytes == 54*3*4
+
+
+# Models for text and tables
+
+def text_learner(what, lengths=(6,), cbs=()):
+    "A small AWD-LSTM, untrained, with a frozen encoder; each batch is as long as its longest line"
+    import fastai.text.all as text
+    def pad(items): return [(F.pad(x, (max(len(o) for o,_ in items)-len(x), 0)),y) for x,y in items]
+    rng = torch.Generator().manual_seed(0)
+    xs = [torch.randint(2, 9, (lengths[i%len(lengths)],), generator=rng) for i in range(24)]
+    ds = [(x, torch.tensor(i%2) if what == 'classifier' else x) for i,x in enumerate(xs)]
+    dls = DataLoaders(*[DataLoader(ds, bs=4, before_batch=pad) for _ in range(2)], device='cpu')
+    torch.manual_seed(0)
+    make,config,split = ((text.get_text_classifier, text.awd_lstm_clas_config, text.awd_lstm_clas_split) if what == 'classifier' else
+                         (text.get_language_model, text.awd_lstm_lm_config, text.awd_lstm_lm_split))
+    config = config | dict(emb_sz=8, n_hid=8, n_layers=1) | ({} if what == 'classifier' else dict(tie_weights=False))
+    model = make(text.AWD_LSTM, 10, *[2] if what == 'classifier' else [], config=config)
+    learn = Learner(dls, model, CrossEntropyLossFlat(), SGD, splitter=split, cbs=[*text.rnn_cbs(), *L(cbs)])
+    quiet(learn).freeze()
+    return learn
+
+class HeldText(Callback):
+    order = math.inf
+    def before_batch(self): self.learn.model[0].eval()
+
+def test_a_text_classifier_on_a_frozen_encoder():
+    "It starts from no state in each batch, and can be kept if all texts are of one length"
+    def run(cb):
+        learn = text_learner('classifier')
+        torch.manual_seed(1)
+        learn.fit(3, .005, cbs=cb)
+        return weights(learn.model)
+    assert torch.allclose(run(FeatureCache()), run(HeldText()), atol=1e-5)
+    with pytest.raises(ValueError, match='one size|differently each time|something else'):
+        text_learner('classifier', lengths=(6, 6, 6, 6, 9, 9, 9, 9)).fit(1, cbs=FeatureCache)
+
+def test_a_language_model():
+    "Its first layer trains with the last one. With all of its body frozen, its state goes from batch to batch: the layer is named"
+    with pytest.raises(ValueError, match='finds none at the front of this SequentialRNN'): text_learner('language').fit(1, cbs=FeatureCache)
+    learn = text_learner('language')
+    learn.model[0].requires_grad_(False)
+    with pytest.raises(ValueError, match=r'something else for the same items|does not give tensors'): learn.fit(1, cbs=FeatureCache)
+
+def test_the_learner_of_tables():
+    from fastai.tabular.all import Categorify, TabularDataLoaders, tabular_learner
+    df = pd.DataFrame(dict(kind=list('abc')*20, size=np.random.rand(60), price=np.random.rand(60)))
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify], cat_names=['kind'], cont_names=['size'], y_names='price', bs=8, device='cpu')
+    learn = quiet(tabular_learner(dls, layers=[6], y_range=(0, 1)))
+    with pytest.raises(ValueError, match='nothing is frozen'): learn.fit(1, cbs=FeatureCache)
+    learn.model.embeds.requires_grad_(False)
+    with pytest.raises(ValueError, match='finds none at the front of this TabularModel'): learn.fit(1, cbs=FeatureCache)
 
 
 # Interrupts and errors
@@ -375,6 +493,29 @@ def test_a_full_disk(tmp_path, monkeypatch):
     learn.opt = None
     assert_same(fit(learn, FeatureCache()), fit(learner(), Held()))
 
+def test_a_disk_that_is_full_in_the_end(tmp_path, monkeypatch):
+    "The features are there, so the fit goes on"
+    def full(*args): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.warns(UserWarning, match='could not write.*No space left'): got = fit(learner(), FeatureCache(path=tmp_path))
+    assert_same(got, fit(learner(), Held()))
+    assert not [*tmp_path.iterdir()]
+
+def test_a_killed_process_leaves_nothing(tmp_path):
+    "And what one leaves that is killed while it writes is removed by the next that writes there, an hour later"
+    script = (f"import sys, os, signal; sys.path.insert(0, {str(HERE)!r}); from test_features import *; "
+              f"fit(learner(), [FeatureCache(path={str(tmp_path)!r}), At('after_batch', lambda cb: os.kill(os.getpid(), signal.SIGKILL), it=3)])")
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', script], env=os.environ|{'OMP_NUM_THREADS': '1'})
+    assert done.returncode == -9 and not [*tmp_path.iterdir()]
+    fit(learner(), FeatureCache(path=tmp_path))
+    name = files(tmp_path)[0]
+    (tmp_path/name).unlink()
+    parts = [tmp_path/f'.{name}.{o}' for o in ('old', 'new')]
+    for o in parts: o.write_text('half')
+    os.utime(parts[0], (time.time()-4000,)*2)
+    fit(learner(), FeatureCache(path=tmp_path))
+    assert [o.exists() for o in parts] == [False, True] and len(files(tmp_path)) == 3
+
 def test_a_path_that_is_a_file(tmp_path):
     (tmp_path/'file').write_text('mine')
     with pytest.raises(OSError, match='can.t keep'): learner().fit(1, cbs=FeatureCache(path=tmp_path/'file'))
@@ -405,6 +546,10 @@ def ranks(out):
         cb = cb or shared
         shared,learn = cb,learner(data(n=43, shuffle=True, n_valid=15))
         with learn.distrib_ctx(cpu=True, sync_bn=False): left[name] = fit(learn, cb, how='fit_one_cycle'),Body.n
+    learn = learner(DataLoaders(DataLoader(Random() if dist.get_rank() else data(n=20).train_ds, bs=5), data().valid, device='cpu'))
+    with learn.distrib_ctx(cpu=True, sync_bn=False):
+        try: learn.fit(1, cbs=FeatureCache())
+        except ValueError as e: left['refused'] = str(e)
     torch.save(left, Path(out)/f'{dist.get_rank()}.pt')
     dist.destroy_process_group()
 
@@ -414,6 +559,7 @@ def test_processes_share_the_work(tmp_path):
                           text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=180)
     assert done.returncode == 0, done.stdout[-4000:]
     for left in [torch.load(tmp_path/f'{rank}.pt', weights_only=False) for rank in range(2)]:
+        assert 'read differently each time, by the data set, a Random' in left.pop('refused') # on the other rank only
         (got,n),(again,n_again),(expected,n_held) = left.values()
         assert_close(got, expected)
         assert_close(again, expected)
