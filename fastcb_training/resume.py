@@ -248,7 +248,7 @@ def _fit_state(learn):
 def _state_of(o):
     try: return _get_state(o)
     except _NoData as e:
-        if isinstance(o, Callback): 
+        if isinstance(o, Callback):
             raise TypeError(f'`{type(o).__name__}.state_dict()` has to be plain data, and holds a {e}') from None
 
 # %% ../nbs/02_resume.ipynb #dce74657
@@ -290,7 +290,8 @@ def _items(ds, n=1000):
 
 def _words(o):
     if isinstance(o, torch.Tensor): o = o.detach().cpu().double().sum().item()
-    elif isinstance(o, np.ndarray) and o.dtype.kind in 'biuf': o = float(o.sum(dtype=float))
+    if isinstance(o, list|tuple): return ' '.join(map(_words, o))
+    if isinstance(o, np.ndarray) and o.dtype.kind in 'biuf': o = float(o.sum(dtype=float))
     return _told(o)
 
 # %% ../nbs/02_resume.ipynb #1ab9ba38
@@ -323,8 +324,9 @@ def _identity(learn, number=0):
            'parameters by group': [len(o) for o in opt.param_lists]}
     scheds = {k: f for cb in learn.cbs if isinstance(cb, ParamScheduler) for k,f in cb.scheds.items()}
     values = {f'`{k}`': [h[k] for h in opt.hypers] for k in opt.hypers[0] if k not in scheds}
-    values |= {f'schedule of `{k}`': [f(i/4) for i in range(5)] for k,f in scheds.items()}
     res |= {k: np.array(v).tolist() for k,v in values.items()} # NumPy's numbers and Python's are told alike
+    for k,f in scheds.items(): # at five points
+        res[f'schedule of `{k}`'] = [float(f'{v:.6g}') for i in range(5) for v in np.ravel(f(i/4))]
     for name,dl in zip(('training', 'validation'), (learn.dls.train, learn.dls.valid)):
         res |= {f'{name} data, {k}': 'none' if v is None else v for k,v in _loader(dl).items()}
     for k,o in model.state_dict(keep_vars=True).items():
@@ -432,7 +434,7 @@ def _phase(self:ResumeFit, f, go, phase):
 
 @patch
 def _batch(self:ResumeFit, f, go):
-    if not self._at: return go(f) # somebody's own
+    if not self._at: return go(f) # one that a callback has begun
     (epoch,phase,_),self._at = self._at,None
     go(f)
     self._at = epoch,phase,self.learn.iter+1
@@ -444,7 +446,7 @@ def _batch(self:ResumeFit, f, go):
 def _rest(self:ResumeFit):
     "The batches from where it was cut off, in the order that was drawn then"
     learn,state,k = self.learn,self._saved['state'],self._place[2]
-    self._drawn = deepcopy(self._saved['drawn'])
+    self._drawn,now = deepcopy(self._saved['drawn']),deepcopy(state['rng'])
     self._saved = self._place = None
     _set_fit_state(learn, state, begin=False) # `before_epoch` and `before_train` have been here
     _set_rng_states(learn, self._drawn)
@@ -452,7 +454,7 @@ def _rest(self:ResumeFit):
     drawn = [] if is_view else [o for k,o in _loader_rngs(learn.dl).items() if '.dataset.' not in k]
     learn.n_iter = len(learn.dl)
     def batches():
-        rest = _rest_of(learn.dl, k, lambda: _set_rng_states(learn, state['rng'], drawn))
+        rest = _rest_of(learn.dl, k, lambda: _set_rng_states(learn, now, drawn))
         for o in enumerate(rest, k): learn.one_batch(*o)
     return batches
 
@@ -531,7 +533,7 @@ def _find(self:ResumeFit):
         raise ValueError(f'`{self._file}` is not of this fit. {"; ".join(why[:5])}{more}. Make the call that it is of, '
                          'or give this fit another `fname`, or delete the file to start from nothing.')
     self._saved,self._place,self._number = saved,tuple(saved['place']),saved['number']
-    getattr(self.learn.dls, 'n_inp', None) # a loader may look at an item at the first batch, which draws random numbers
+    getattr(self.learn.dls, 'n_inp', None) # asked at the first batch: fastai may draw an item to find out
     epoch,phase,k = self._place
     if self.learn.logger is not noop:
         print('Going on with', f'epoch {epoch}'+(f', batch {k} of {phase}' if phase else ''))
@@ -635,14 +637,19 @@ def start_fit(self:ResumeFit):
     vars(self).update(stopped=False, _signalled=False, _checked=False, _saved=None, _place=None, _at=None,
         _fit=_identity(learn, number), _number=0, _start=self._call.start if self._call else now,
         _last=now, _cost=0., _asked=now, _n_asked=0, _skip=1)
-    rank = dist.get_rank() if self._world > 1 else 0
-    more = (f'.{number}' if number > 1 else '')+(f'.rank{rank}' if rank else '')
-    self._file = learn.path/learn.model_dir/f'{self.fname}{more}.pth'
+    self._file = self._path(number)
     self._find()
     if self._call: self._call.files.append(self._file)
+    if self._call and not self._saved: _remove_files(self._path(number+1)) # it went on from another first fit
     self._listen()
     vars(learn)['_with_events'] = partial(_around, learn)
     _running.add(learn)
+
+@patch
+def _path(self:ResumeFit, number):
+    rank = dist.get_rank() if self._world > 1 else 0
+    more = (f'.{number}' if number > 1 else '')+(f'.rank{rank}' if rank else '')
+    return self.learn.path/self.learn.model_dir/f'{self.fname}{more}.pth'
 
 @patch
 def end_fit(self:ResumeFit):

@@ -457,7 +457,7 @@ def test_refusals(kwargs, error):
 # What users do
 
 def weighted(n=44):
-    return WeightedDL(Noisy(n), bs=8, wgts=np.arange(1., n+1), shuffle=True)
+    return WeightedDL(Noisy(n), bs=8, wgts=np.arange(1., n+1), shuffle=True, num_workers=0)
 
 def sampled(n=44):
     "Draws as it goes, from a generator of its own: with replacement, 32 numbers at a time"
