@@ -51,7 +51,7 @@ from fastai.learner import Learner, Metric
 from fastai.torch_core import get_model
 from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
-from fastcore.xtras import truncstr
+from fastcore.xtras import ReindexCollection, truncstr
 from torch import distributed as dist, nn
 
 from . import __version__
@@ -67,10 +67,10 @@ _kinds = dict( # what else is data: its type, as what it is written, and how it 
     ordered=(OrderedDict, lambda o: list(o.items()), OrderedDict),
     complex=(complex, lambda o: [o.real, o.imag], lambda o: complex(*o)), fraction=(Fraction, str, Fraction),
     path=(PurePath, str, Path),
-    array=(np.ndarray, lambda o: [o.dtype.str, list(o.shape), o.tobytes()],
-           lambda o: np.ndarray(o[1], o[0], o[2]).copy()),
+    array=(np.ndarray, lambda o: [o.dtype.str, list(o.shape), torch.tensor(np.ndarray(o.nbytes, np.uint8, o.tobytes()))],
+           lambda o: np.ndarray(o[1], o[0], o[2].numpy()).copy()),
     scalar=(np.generic, np.asarray, lambda o: o[()]),
-    alike=(None, None, list), on=(None, None, lambda o: o[1].to(o[0])))
+    alike=(None, None, list), numbers=(None, None, lambda o: o.tolist()), on=(None, None, lambda o: o[1].to(o[0])))
 
 # %% ../nbs/02_resume.ipynb #a1c47df8
 def _pack(o):
@@ -79,8 +79,8 @@ def _pack(o):
     if t in _plain: return o
     if isinstance(o, torch.Tensor): return _pack_tensor(o)
     if t is list:
-        one = _joined(o)
-        return [_pack(v) for v in o] if one is None else _tag('alike', _pack(one))
+        kind,one = _joined(o)
+        return _tag(kind, _pack(one)) if kind else [_pack(v) for v in o]
     if t is dict and all(type(k) in _plain for k in o): return {k: _pack(v) for k,v in o.items()}
     if t is np.ndarray and o.dtype.kind in 'OV': raise _NoData('an array of objects')
     for kind,(cls,write,_) in _kinds.items():
@@ -106,11 +106,14 @@ def _pack_tensor(o):
     return o if o.device.type == 'cpu' else _tag('on', [str(o.device), o])
 
 def _joined(o):
-    "Single numbers of one kind, such as the recorder's losses and rates, as one tensor or array; else None"
-    if len(t := {type(v) for v in o}) != 1: return
-    if issubclass(t := t.pop(), np.generic): return np.array(o)
-    if not issubclass(t, torch.Tensor) or issubclass(t, nn.Parameter) or any(v.ndim for v in o): return
-    if len({(v.dtype, v.device) for v in o}) == 1: return torch.stack(o)
+    "Many numbers of one kind, such as the recorder's losses and rates, as one tensor or array"
+    if len(o) <= 50: return None,None
+    if all(isinstance(v, torch.Tensor) and not isinstance(v, nn.Parameter) and v.ndim == 0 for v in o):
+        if len({(v.dtype, v.device) for v in o}) == 1: return 'alike',torch.stack(o)
+    types = {type(v) for v in o}
+    t = types.pop() if len(types) == 1 else object
+    if t in (int, float) and (a := np.array(o)).dtype.kind in 'if': return 'numbers',a
+    return ('alike',np.array(o)) if issubclass(t, np.generic) else (None,None)
 
 # %% ../nbs/02_resume.ipynb #8dd6c47b
 class _DeviceRng:
@@ -119,14 +122,17 @@ class _DeviceRng:
     def get_state(self): return self.module.get_rng_state(*self.args)
     def set_state(self, state): self.module.set_rng_state(state, *self.args)
 
-_generators = random.Random,torch.Generator,np.random.Generator,np.random.RandomState,_DeviceRng
+_generators = (random.Random, torch.Generator, np.random.Generator, np.random.RandomState, _DeviceRng,
+               ReindexCollection) # fastai shuffles the texts of a language model once more in each epoch
 
 def _get_rng(o):
     if isinstance(o, np.random.Generator): return o.bit_generator.state
+    if isinstance(o, ReindexCollection): return list(o.idxs)
     return o.getstate() if isinstance(o, random.Random) else o.get_state()
 
 def _set_rng(o, state):
     if isinstance(o, np.random.Generator): o.bit_generator.state = state
+    elif isinstance(o, ReindexCollection): o.idxs[:] = state # `lens` has the same list
     elif isinstance(o, random.Random): o.setstate(state)
     else: o.set_state(state)
 

@@ -9,6 +9,10 @@ from fractions import Fraction
 
 import pytest
 
+from fastai.tabular.all import *
+from fastai.text.data import LMDataLoader, SortedDL
+from fastai.callback.rnn import ModelResetter
+
 from interrupted import *
 from interrupted import _Last
 
@@ -415,7 +419,7 @@ def test_a_state_that_is_no_data_is_said_at_once(tmp_path):
 
 @pytest.mark.parametrize('o', [None, True, -3, 2.5, float('nan'), 'é', b'\0a', [1, 'a', None], [1.5, tensor(2)], (1, (2,)), {'a': [1], 2: {}}, {1, 2}, L(1, 2), L(),
     deque([1, 2], 3), Path('a/b'), Fraction(1, 3), 1+2j, np.float32(.1), np.int64(3), np.arange(6).reshape(2, 3)[:, 1:], np.array(['a', 'bc']), np.array(3.),
-    [np.float64(1), np.float64(2)], [tensor(1.), tensor(2.)], torch.rand(3, 4).t(), tensor([True]), random.getstate(), np.random.get_state(), OrderedDict(a=1)], ids=lambda o: type(o).__name__)
+    [np.float64(1), np.float64(2)]*30, [tensor(1.), tensor(2.)]*30, [1.5, 2.]*30, [3, 4]*30, [2**70]*60, [True, 2]*30, [np.float32(1)], [tensor(1.)], torch.rand(3, 4).t(), tensor([True]), random.getstate(), np.random.get_state(), OrderedDict(a=1)], ids=lambda o: type(o).__name__)
 def test_what_is_packed_comes_back(o, tmp_path):
     torch.save(resume._pack(o), tmp_path/'o')
     back = resume._unpack(torch.load(tmp_path/'o', weights_only=True))
@@ -477,6 +481,36 @@ class Heavy(nn.Linear):
         if len(x) > 5: raise torch.OutOfMemoryError('too many')
         return super().forward(x)
 
+def text():
+    ds = L(torch.arange(n, n+n%7+3)%11 for n in range(20))
+    return LMDataLoader(ds, lens=[len(o) for o in ds], bs=3, seq_len=4, shuffle=True)
+
+def sorted_texts():
+    ds = [(torch.rand(n%7+3, 3).sum(0), torch.ones(1)*n) for n in range(44)]
+    return SortedDL(ds, sort_func=lambda o: o[1].item()%9, bs=8, shuffle=True, num_workers=0)
+
+def tabular():
+    df = pd.DataFrame(dict(a=np.arange(44.)%5, b=np.arange(44.)%7, y=np.arange(44.)))
+    return TabularPandas(df, procs=[Normalize], cont_names=['a', 'b'], y_names='y').dataloaders(bs=8).train
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.emb,self.rnn,self.lin = nn.Embedding(11, 5),nn.GRU(5, 5, batch_first=True),nn.Linear(5, 11)
+        self.reset()
+    def reset(self): self.h = None
+    def forward(self, x):
+        if self.h is None or self.h.shape[1] != len(x): self.h = torch.zeros(1, len(x), 5)
+        out,h = self.rnn(self.emb(x.as_subclass(torch.Tensor)), self.h)
+        self.h = h.detach()
+        return self.lin(out)
+
+class OfTable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(2, 1)
+    def forward(self, cat, cont): return self.lin(cont)
+
 uses = dict( # the fit, its other callbacks, its training loader, its model
     flat_cos=(lambda learn, cbs: learn.fit_flat_cos(3, .05, cbs=cbs), list, None, None),
     sgdr=(lambda learn, cbs: learn.fit_sgdr(2, 1, .05, cbs=cbs), list, None, None),
@@ -496,6 +530,8 @@ uses = dict( # the fit, its other callbacks, its training loader, its model
     flushed=(one_cycle_of, lambda: [GradientAccumulation(20, flush=True)], None, None),
     frozen=(one_cycle_of, lambda: [BnFreeze(all_layers=True)], None, lambda: nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).requires_grad_(False), nn.Linear(4, 1))),
     found_size=(one_cycle_of, lambda: [MicroBatch(), GradientAccumulation(20)], None, lambda: Heavy(3, 1)),
+    text=(one_cycle_of, lambda: [ModelResetter()], text, Recurrent), sorted=(one_cycle_of, list, sorted_texts, None),
+    tabular=(one_cycle_of, list, tabular, OfTable), start_epoch=(lambda learn, cbs: learn.fit(4, .05, cbs=cbs, start_epoch=1), list, None, None),
     bar=(one_cycle_of, lambda: [ProgressCallback(), ShowGraphCallback()], None, None),
     as_class=(one_cycle_of, lambda: [TerminateOnNaNCallback], None, None))
 
@@ -504,7 +540,10 @@ def used(use, folder):
     set_seed(7)
     dls = loaders()
     if loader: dls.loaders[0] = loader()
-    learn = learner(folder, dls, model and model(), metrics=mae)
+    if use in ('text', 'tabular'): dls.loaders[1] = loader()
+    set_seed(7)
+    loss = CrossEntropyLossFlat() if use == 'text' else None
+    learn = learner(folder, dls, model and model(), loss, metrics=None if use == 'text' else mae)
     learn.todo = lambda: fit(learn, [Kept(), Cuts(), Seen(), _Last(), *cbs()])
     return learn
 
