@@ -67,7 +67,8 @@ _kinds = dict( # what else is data: its type, as what it is written, and how it 
     ordered=(OrderedDict, lambda o: list(o.items()), OrderedDict),
     complex=(complex, lambda o: [o.real, o.imag], lambda o: complex(*o)), fraction=(Fraction, str, Fraction),
     path=(PurePath, str, Path),
-    array=(np.ndarray, lambda o: [o.dtype.str, list(o.shape), torch.tensor(np.ndarray(o.nbytes, np.uint8, o.tobytes()))],
+    array=(np.ndarray,
+           lambda o: [o.dtype.str, list(o.shape), torch.tensor(np.ndarray(o.nbytes, np.uint8, o.tobytes()))],
            lambda o: np.ndarray(o[1], o[0], o[2].numpy()).copy()),
     scalar=(np.generic, np.asarray, lambda o: o[()]),
     alike=(None, None, list), numbers=(None, None, lambda o: o.tolist()), on=(None, None, lambda o: o[1].to(o[0])))
