@@ -15,8 +15,8 @@ now and then, and the same call, made again, goes on with the next batch. Here:
 5. **A fit that ended has no file, and the file of another fit is refused** by an error that says what differs.
 6. **Other callbacks go on as if nothing had been.** Attributes that are data (numbers, text, tensors, arrays, and lists, tuples, sets and dicts of
    these) are kept. What else there is, a callback keeps by having `state_dict` and `load_state_dict`.
-7. **It costs at most 1 % of the time** of a fit of an hour at the default, and no copy on the device. Saves that take more than a second
-   are at least a hundred times as long apart.
+7. **It costs at most 1 % of the time** and a second, and no copy on the device: a save that would cost more is left out. With `every=0`
+   none is.
 
 Docs: https://fastcb.github.io/fastcb_training/resume.html.md"""
 
@@ -46,6 +46,7 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.callback.schedule import LRFinder, ParamScheduler
+from fastai.callback.tracker import SaveModelCallback
 from fastai.imports import noop
 from fastai.learner import Learner, Metric
 from fastai.torch_core import get_model
@@ -366,7 +367,9 @@ def _read_file(path):
     "What a file holds, or an error, also if one byte of it is another one"
     with ZipFile(path) as f:
         if bad := f.testzip(): raise BadZipFile(f'{bad} is damaged')
-    return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    res = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    if not isinstance(res, dict) or 'fit' not in res: raise ValueError('it was not written by `ResumeFit`')
+    return res
 
 def _remove_files(path):
     for o in path,path.with_suffix('.prev'),path.with_suffix('.new'):
@@ -385,7 +388,7 @@ class ResumeFit(FitCallback):
     def __init__(self,
         fname:str='resume', # The file is `learn.path/learn.model_dir/fname.pth`; each fit needs its own
         *,
-        every:float=10., # Minutes between two saves within an epoch, 0 or above; 0 saves after every batch
+        every:float=10., # Minutes between two saves within an epoch, 0 or above; 0 saves after every batch, at any cost
         minutes:float=None, # Minutes after which the fit is ended, above 0; None: never
     ):
         store_attr()
@@ -490,7 +493,8 @@ def _due(self:ResumeFit, at_end):
     "Is it time to stop, and to save?"
     now,self._n_asked = time.monotonic(),self._n_asked+1
     stop = self._signalled or self.minutes is not None and now-self._start >= 60*self.minutes
-    save = now-self._last >= max(0 if at_end else 60*self.every, 100*self._cost if self._cost > 1 else 0)
+    is_cheap = not self.every or self._spent+self._cost <= 1+(now-self._begun)/100
+    save = is_cheap and (at_end or now-self._last >= 60*self.every)
     return (stop,save) if self._world == 1 else self._agree(stop, save, now, at_end)
 
 @patch
@@ -528,6 +532,7 @@ def _save(self:ResumeFit, place):
                        'and the file before it is as it was.')
     self._last = time.monotonic()
     self._cost = self._last-start
+    self._spent += self._cost
 
 # %% ../nbs/02_resume.ipynb #6468589b
 @patch
@@ -623,6 +628,9 @@ def before_fit(self:ResumeFit):
     if self._looking or learn in _running or is_trial: return
     if sum(isinstance(o, ResumeFit) for o in learn.cbs) > 1:
         raise ValueError('Two `ResumeFit` in one fit: give one, or take the other off the Learner')
+    for o in learn.cbs:
+        if isinstance(o, SaveModelCallback) and str(o.fname) == str(self.fname):
+            raise ValueError(f'`SaveModelCallback` writes to `{self.fname}.pth`, too: give one of them another `fname`')
     self._in_fit = False # a copy made in mid-fit says it is in one
     self._begin()
 
@@ -643,7 +651,7 @@ def start_fit(self:ResumeFit):
     number = len(self._call.files)+1 if self._call else 0
     vars(self).update(stopped=False, _signalled=False, _checked=False, _saved=None, _place=None, _at=None,
         _fit=_identity(learn, number), _number=0, _start=self._call.start if self._call else now,
-        _last=now, _cost=0., _asked=now, _n_asked=0, _skip=1)
+        _begun=now, _last=now, _cost=0., _spent=0., _asked=now, _n_asked=0, _skip=1)
     self._file = self._path(number)
     self._find()
     if self._call: self._call.files.append(self._file)
