@@ -298,6 +298,7 @@ def _items(ds, n=1000):
 
 def _words(o):
     if isinstance(o, torch.Tensor): o = o.detach().cpu().double().sum().item()
+    if isinstance(o, np.generic): o = o.item()
     if isinstance(o, list|tuple): return ' '.join(map(_words, o))
     if isinstance(o, np.ndarray) and o.dtype.kind in 'biuf': o = float(o.sum(dtype=float))
     return _told(o)

@@ -9,7 +9,9 @@ from fractions import Fraction
 
 import pytest
 
-from fastai.tabular.all import *
+import pandas as pd
+from fastai.data.transforms import Normalize
+from fastai.tabular.core import TabularPandas
 from fastai.text.data import LMDataLoader, SortedDL
 from fastai.callback.rnn import ModelResetter
 
@@ -549,14 +551,14 @@ def used(use, folder):
 
 @pytest.mark.parametrize('use', uses)
 def test_uses(use, tmp_path):
-    "Cut off four times in a row: in training, in validation, between two epochs, in the last one"
+    "Cut off several times in a row: in training, in validation, between two epochs"
     warnings.simplefilter('ignore')
     def end(folder, *cuts):
         for at in (*cuts, None): learn = fitted(folder, partial(used, use), at)
         return outcome(folder, learn)
     expected = end(tmp_path/'whole')
     n = len(expected['losses'])//len(expected['rows']) # batches of an epoch
-    cuts = ('after_loss', n), ('after_pred', 2), ('after_epoch', 1), ('before_batch', n)
+    cuts = ('after_backward', 3), ('after_backward', 2), ('after_backward', n), ('after_pred', 2), ('after_epoch', 1), ('before_batch', n)
     assert differs(expected, end(tmp_path/'cut', *cuts)) == []
 
 def test_a_disk_that_is_full(tmp_path):
