@@ -170,7 +170,7 @@ class NumberedPass:
 def _generator(dl): return getattr(dl, '__dict__', {}).get('generator') or torch.default_generator
 
 def _draw(dl):
-    "The indices of all batches of a pass, the random state from which its workers are seeded, and the batch that is dropped"
+    "The indices of all batches of a pass, the random state that seeds its workers, and the batch that is dropped"
     source,n,tail = _generator(dl),len(dl),[]
     if isinstance(dl, DataLoader):
         size = dl.bs or 1
