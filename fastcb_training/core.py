@@ -147,7 +147,7 @@ class NumberedPass:
         if isinstance(dl, DataLoader):
             if not state: dl.randomize()
             dl.before_iter()
-        self.batches,self.seed = state or _draw(dl)
+        self.batches,self.seed,self.tail = (*state, []) if state else _draw(dl)
 
     def load(self,
         batches:list, # Some of `self.batches`, or other lists of indices
@@ -170,16 +170,17 @@ class NumberedPass:
 def _generator(dl): return getattr(dl, '__dict__', {}).get('generator') or torch.default_generator
 
 def _draw(dl):
-    "The indices of all batches of a pass, and the random state from which its workers are seeded"
-    source = _generator(dl)
+    "The indices of all batches of a pass, the random state that seeds its workers, and the batch that is dropped"
+    source,n,tail = _generator(dl),len(dl),[]
     if isinstance(dl, DataLoader):
         size = dl.bs or 1
-        batches = list(chunked(islice(dl.get_idxs(), len(dl)*size), size, dl.drop_last))
+        batches = list(chunked(islice(dl.get_idxs(), (n+dl.drop_last)*size), size))
+        batches,tail = batches[:n],[b for b in batches[n:] if len(b) < size]
     seed = source.get_state()
     torch.empty((), dtype=torch.int64).random_(generator=source) # each pass draws a seed for its workers
     if not isinstance(dl, DataLoader): # a sampler may draw once more when it is asked for one more
-        batches = list(islice(dl._index_sampler, len(dl)+1))[:len(dl)]
-    return batches,seed
+        batches = list(islice(dl._index_sampler, n+1))[:n]
+    return batches,seed,tail
 
 def _fastai_load(dl, batches):
     "What `DataLoader.__iter__` does once it has its indices"
@@ -228,7 +229,8 @@ def picked_batches(
     whole = NumberedPass(dl)
     some = pick(whole.batches)
     if ready: ready()
-    yield from whole.load(some)
+    is_last = whole.tail and some and some[-1] is whole.batches[-1]
+    yield from whole.load(some+whole.tail if is_last else some) # fastai loads the items of a last batch that it drops
     whole.end()
 
 # %% ../nbs/00_core.ipynb #5b0e1c12

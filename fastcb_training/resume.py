@@ -1,6 +1,6 @@
 """Will my run finish? When the machine is taken away, the same call goes on where the fit was cut off, bit for bit
 
-A notebook in the cloud has its hours, a spot instance is taken away, a cluster has a time limit. fastai can save a model, but it can't
+A notebook in the cloud has its hours, a spot instance is preempted, a cluster has a time limit. fastai can save a model, but it can't
 resume a fit: optimizer, schedule, place in the data and random numbers are lost. With this callback, a checkpoint of all of it is written
 now and then, and the same call, made again, goes on with the next batch. Here:
 
@@ -15,8 +15,8 @@ now and then, and the same call, made again, goes on with the next batch. Here:
 5. **A fit that ended has no file, and the file of another fit is refused** by an error that says what differs.
 6. **Other callbacks go on as if nothing had been.** Attributes that are data (numbers, text, tensors, arrays, and lists, tuples, sets and dicts of
    these) are kept. What else there is, a callback keeps by having `state_dict` and `load_state_dict`.
-7. **It costs at most 1 % of the time** of a fit of an hour at the default, and no copy on the device. Saves that take more than a second
-   are at least a hundred times as long apart.
+7. **It costs at most 1 % of the time** and a second, and no copy on the device: a save that would cost more is left out. With `every=0`
+   none is.
 
 Docs: https://fastcb.github.io/fastcb_training/resume.html.md"""
 
@@ -26,17 +26,17 @@ Docs: https://fastcb.github.io/fastcb_training/resume.html.md"""
 __all__ = ['ResumeFit']
 
 # %% ../nbs/02_resume.ipynb #3e6fceef
-import os, random, signal, sys, threading, time, warnings
+import os, random, re, signal, sys, threading, time, warnings
 from collections import Counter, OrderedDict, deque
 from contextlib import suppress
-from enum import Enum
+from copy import deepcopy
 from fractions import Fraction
 from functools import partial
 from inspect import signature
 from math import inf
 from numbers import Real
 from pathlib import Path, PurePath
-from types import NoneType
+from types import NoneType, SimpleNamespace
 from weakref import WeakSet
 from zipfile import BadZipFile, ZipFile
 from zlib import crc32
@@ -46,13 +46,14 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.callback.schedule import LRFinder, ParamScheduler
+from fastai.callback.tracker import SaveModelCallback
 from fastai.imports import noop
 from fastai.learner import Learner, Metric
 from fastai.torch_core import get_model
 from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
+from fastcore.xtras import ReindexCollection, truncstr
 from torch import distributed as dist, nn
-from torch.utils.data import Subset
 
 from . import __version__
 from .core import FirstThenLast, FitCallback, LoaderView, around, check, numbered_batches
@@ -60,13 +61,18 @@ from .core import FirstThenLast, FitCallback, LoaderView, around, check, numbere
 # %% ../nbs/02_resume.ipynb #d6706785
 class _NoData(Exception): "It can't be written as plain data"
 
-_plain = type(None),bool,int,float,str,bytes
-_kinds = dict( # how they are written, and how they are read
+_plain = NoneType,bool,int,float,str,bytes
+_kinds = dict( # what else is data: its type, as what it is written, and how it is read from that
     tuple=(tuple, list, tuple), L=(L, list, L), set=(set, list, set), frozenset=(frozenset, list, frozenset),
     deque=(deque, lambda o: [list(o), o.maxlen], lambda o: deque(*o)),
     ordered=(OrderedDict, lambda o: list(o.items()), OrderedDict),
     complex=(complex, lambda o: [o.real, o.imag], lambda o: complex(*o)), fraction=(Fraction, str, Fraction),
-    path=(PurePath, str, Path))
+    path=(PurePath, str, Path),
+    array=(np.ndarray,
+           lambda o: [o.dtype.str, list(o.shape), torch.tensor(np.ndarray(o.nbytes, np.uint8, o.tobytes()))],
+           lambda o: np.ndarray(o[1], o[0], o[2].numpy()).copy()),
+    scalar=(np.generic, np.asarray, lambda o: o[()]),
+    alike=(None, None, list), numbers=(None, None, lambda o: o.tolist()), on=(None, None, lambda o: o[1].to(o[0])))
 
 # %% ../nbs/02_resume.ipynb #a1c47df8
 def _pack(o):
@@ -74,14 +80,24 @@ def _pack(o):
     t = type(o)
     if t in _plain: return o
     if isinstance(o, torch.Tensor): return _pack_tensor(o)
-    if isinstance(o, np.generic|np.ndarray): return _pack_array(o)
+    if t is list:
+        kind,one = _joined(o)
+        return _tag(kind, _pack(one)) if kind else [_pack(v) for v in o]
     if t is dict and all(type(k) in _plain for k in o): return {k: _pack(v) for k,v in o.items()}
-    if t is list: return _pack_list(o)
-    for name,(cls,write,_) in _kinds.items():
-        if t is cls or cls is PurePath and isinstance(o, cls): return _tag(name, _pack(write(o)))
+    if t is np.ndarray and o.dtype.kind in 'OV': raise _NoData('an array of objects')
+    for kind,(cls,write,_) in _kinds.items():
+        if t is cls or cls in (PurePath, np.generic) and isinstance(o, cls): return _tag(kind, _pack(write(o)))
     raise _NoData(f'{t.__module__}.{t.__qualname__}')
 
 def _tag(kind, o): return {'\0': kind, 'o': o}
+
+def _unpack(o):
+    "What `_pack` was given, in memory of its own"
+    if isinstance(o, list): return [_unpack(v) for v in o]
+    if isinstance(o, torch.Tensor): return o.clone()
+    if not isinstance(o, dict): return o
+    if '\0' not in o: return {k: _unpack(v) for k,v in o.items()}
+    return _kinds[o['\0']][2](_unpack(o['o']))
 
 # %% ../nbs/02_resume.ipynb #30ba5812
 def _pack_tensor(o):
@@ -91,100 +107,60 @@ def _pack_tensor(o):
         o = o.clone() # `torch.save` would write all of what it is a small part of
     return o if o.device.type == 'cpu' else _tag('on', [str(o.device), o])
 
-def _pack_array(o):
-    a = np.ascontiguousarray(o)
-    if a.dtype.hasobject: raise _NoData('an array of objects')
-    kind = 'array' if isinstance(o, np.ndarray) else 'scalar'
-    return _tag(kind, [a.dtype.str, list(np.shape(o)), torch.from_numpy(a.reshape(-1).view(np.uint8).copy())])
-
-# %% ../nbs/02_resume.ipynb #r0000002
-def _pack_list(o):
-    "Long lists of numbers, as the recorder has, are written as one array"
-    t = {type(v) for v in o}
-    if t == {float}: return _tag('floats', torch.tensor(o, dtype=torch.float64))
-    if t <= set(_plain): return list(o)
-    if len(t) == 1 and issubclass(k := t.pop(), np.generic) and not issubclass(k, np.flexible):
-        return _tag('scalars', _pack(np.array(o)))
-    if _are_alike(o): return _tag('tensors', _pack_tensor(torch.stack(o)))
-    return [_pack(v) for v in o]
-
-def _are_alike(o):
-    "Numbers in tensors of one kind"
-    return all(isinstance(v, torch.Tensor) and v.ndim == 0 for v in o) and len({(v.dtype, v.device) for v in o}) == 1
-
-# %% ../nbs/02_resume.ipynb #3874da3c
-def _unpack(o):
-    "What `_pack` was given"
-    if isinstance(o, list): return [_unpack(v) for v in o]
-    if isinstance(o, torch.Tensor): return o.clone() # the file is unpacked twice
-    if not isinstance(o, dict): return o
-    if '\0' not in o: return {k: _unpack(v) for k,v in o.items()}
-    kind,o = o['\0'],o['o']
-    if kind == 'on': return o[1].to(o[0])
-    if kind in ('array', 'scalar'):
-        a = o[2].numpy().view(o[0]).reshape(o[1])
-        return a if kind == 'array' else a[()]
-    if kind == 'floats': return o.tolist()
-    if kind in ('scalars', 'tensors'): return list(_unpack(o))
-    return _kinds[kind][2](_unpack(o))
+def _joined(o):
+    "Many numbers of one kind, such as the recorder's losses and rates, as one tensor or array"
+    if len(o) <= 50: return None,None
+    if all(isinstance(v, torch.Tensor) and not isinstance(v, nn.Parameter) and v.ndim == 0 for v in o):
+        if len({(v.dtype, v.device) for v in o}) == 1: return 'alike',torch.stack(o)
+    types = {type(v) for v in o}
+    t = types.pop() if len(types) == 1 else object
+    if t in (int, float) and (a := np.array(o)).dtype.kind in 'if': return 'numbers',a
+    return ('alike',np.array(o)) if issubclass(t, np.generic) else (None,None)
 
 # %% ../nbs/02_resume.ipynb #8dd6c47b
-_generators = random.Random,torch.Generator,np.random.Generator,np.random.RandomState
+class _DeviceRng:
+    "The random numbers of a device"
+    def __init__(self, d): self.module,self.args = getattr(torch, d.type),() if d.type == 'mps' else (d,)
+    def get_state(self): return self.module.get_rng_state(*self.args)
+    def set_state(self, state): self.module.set_rng_state(state, *self.args)
+
+_generators = (random.Random, torch.Generator, np.random.Generator, np.random.RandomState, _DeviceRng,
+               ReindexCollection) # fastai shuffles the texts of a language model once more in each epoch
 
 def _get_rng(o):
-    if isinstance(o, random.Random): return o.getstate()
     if isinstance(o, np.random.Generator): return o.bit_generator.state
-    return o.get_state()
+    if isinstance(o, ReindexCollection): return list(o.idxs)
+    return o.getstate() if isinstance(o, random.Random) else o.get_state()
 
 def _set_rng(o, state):
-    if isinstance(o, random.Random): o.setstate(state)
-    elif isinstance(o, np.random.Generator): o.bit_generator.state = state
+    if isinstance(o, np.random.Generator): o.bit_generator.state = state
+    elif isinstance(o, ReindexCollection): o.idxs[:] = state # `lens` has the same list
+    elif isinstance(o, random.Random): o.setstate(state)
     else: o.set_state(state)
 
-# %% ../nbs/02_resume.ipynb #ddee019f
-def _accelerators(model):
-    "The devices that have random numbers of their own, and how they are asked"
-    devices = {o.device for o in (*model.parameters(), *model.buffers()) if o.device.type not in ('cpu', 'meta')}
-    return {str(d): (getattr(torch, d.type), () if d.type == 'mps' else (d,)) for d in sorted(devices, key=str)}
-
-# %% ../nbs/02_resume.ipynb #r0000005
-def _random_state(learn):
-    "Python's, NumPy's and PyTorch's random numbers, the data sets' own, and those of devices"
-    return dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state(),
-                data=_rng_states(_rngs_of_all(learn, _of_data)),
-                devices={d: m.get_rng_state(*args) for d,(m,args) in _accelerators(learn.model).items()})
-
-def _set_random_state(learn, state):
-    random.setstate(state['python'])
-    np.random.set_state(state['numpy'])
-    torch.set_rng_state(state['torch'])
-    _set_rng_states(_rngs_of_all(learn, _of_data), state['data'])
-    for d,(m,args) in _accelerators(learn.model).items():
-        if d in state['devices']: m.set_rng_state(state['devices'][d].cpu(), *args)
-
 # %% ../nbs/02_resume.ipynb #c3e603bc
-# Where a loader's own random numbers are; `FeatureCache` has the loader in `given`
-_of_order,_of_data = ('dl', 'given', 'sampler', 'batch_sampler'),('dl', 'given', 'dataset')
+def _rngs(learn):
+    "All generators of random numbers in a fit, by their places"
+    model,dls = get_model(learn.model),learn.dls
+    devices = {o.device for o in (*model.parameters(), *model.buffers()) if o.device.type not in ('cpu', 'meta')}
+    res = dict(python=random.getstate.__self__, numpy=np.random.get_state.__self__, torch=torch.default_generator)
+    res |= {str(d): _DeviceRng(d) for d in devices}
+    for i,dl in enumerate(getattr(dls, 'loaders', (dls.train, dls.valid))): res |= _loader_rngs(dl, str(i))
+    return res
 
-def _loader_rngs(dl, parts):
-    "The random generators in these `parts` of a loader, by their places in it"
-    found,todo = {},[('', dl)]
-    while todo:
-        path,o = todo.pop()
-        for k,v in getattr(o, '__dict__', {}).items():
-            if isinstance(v, _generators) and (path or parts == _of_order): found[f'{path}.{k}'] = v
-            elif k in parts: todo.append((f'{path}.{k}', v))
-    return found
+def _loader_rngs(dl, place='', parts=('dl', 'given', 'sampler', 'batch_sampler', 'dataset')):
+    "Those of a loader, its sampler and its data set; `FeatureCache` has the loader in `given`"
+    res = {}
+    for k,o in getattr(dl, '__dict__', {}).items():
+        if isinstance(o, _generators): res[f'{place}.{k}'] = o
+        elif k in parts: res |= _loader_rngs(o, f'{place}.{k}', parts)
+    return res
 
-# %% ../nbs/02_resume.ipynb #r0000006
-def _rng_states(rngs): return {k: _get_rng(o) for k,o in rngs.items()}
-def _set_rng_states(rngs, states):
-    for k,o in rngs.items():
-        if k in states: _set_rng(o, states[k])
+def _rng_states(learn): return {k: _pack(_get_rng(o)) for k,o in _rngs(learn).items()}
 
-def _rngs_of_all(learn, parts):
-    dls = getattr(learn.dls, 'loaders', (learn.dls.train, learn.dls.valid))
-    return {f'{i}{k}': o for i,dl in enumerate(dls) for k,o in _loader_rngs(dl, parts).items()}
+def _set_rng_states(learn, states, but=()):
+    for k,o in _rngs(learn).items():
+        if k in states and o not in but: _set_rng(o, _unpack(states[k]))
 
 # %% ../nbs/02_resume.ipynb #71d04969
 _module_attrs = {*vars(nn.Module())} # `training` among them: the phase sets it
@@ -198,14 +174,13 @@ def _module_state(m):
 
 def _own(m): return [(k,o) for k,o in m.named_modules() if not isinstance(o, torch.jit.ScriptModule)]
 
-def _data(attrs):
+def _data(attrs, f=_pack):
     "Those that are data"
     res = {}
     for k,v in attrs.items():
-        with suppress(_NoData): res[k] = _pack(v)
+        with suppress(_NoData): res[k] = f(v)
     return res
 
-# %% ../nbs/02_resume.ipynb #r0000007
 def _load_module(m, state):
     m.load_state_dict(state['state'])
     buffers,modules = dict(m.named_buffers()),dict(_own(m))
@@ -217,30 +192,34 @@ def _has_state(o):
     "Does it say itself what its state is? A callback seems to have each method of the model"
     return all(hasattr(type(o), f) or f in getattr(o, '__dict__', {}) for f in ('state_dict', 'load_state_dict'))
 
-# %% ../nbs/02_resume.ipynb #r0000008
 def _get_state(o):
-    "What goes into the file of a callback, a metric, or what they are made of; `_NoData` if that is nothing"
+    "What the file has of a callback, a metric, or what they are made of; `_NoData` if that is nothing"
     if isinstance(o, nn.Module): return _module_state(o)
     if isinstance(o, _generators): return _pack(_get_rng(o))
     if _has_state(o): return _pack(o.state_dict())
     if isinstance(o, FitCallback): return {} # what lasts only as long as a fit has no other state
+    if isinstance(o, CSVLogger): return o.file.flush() or (o.path/o.fname).read_text()
     if not isinstance(o, Callback|Metric): raise _NoData
-    attrs = {k: v for k,v in vars(o).items() if k != 'learn'}
-    parts = {}
-    for k,v in attrs.items():
-        if isinstance(v, Callback|Learner): continue
-        with suppress(_NoData): parts[k] = _get_state(v)
-    return dict(attrs=_data(attrs), parts=parts)
+    attrs = {k: v for k,v in vars(o).items() if k not in ('learn', 'start_epoch')} # the recorder's clock
+    parts = {k: v for k,v in attrs.items() if not isinstance(v, Callback|Learner)}
+    return dict(attrs=_data(attrs), parts=_data(parts, _get_state))
 
 # %% ../nbs/02_resume.ipynb #r0000009
 def _set_state(o, state):
     if isinstance(o, nn.Module): _load_module(o, state)
     elif isinstance(o, _generators): _set_rng(o, _unpack(state))
     elif _has_state(o): o.load_state_dict(_unpack(state))
+    elif isinstance(o, CSVLogger): _write_again(o.file, state)
     elif 'attrs' in state:
         vars(o).update(_unpack(state['attrs']))
         for k,v in state['parts'].items():
             if k in vars(o): _set_state(vars(o)[k], v)
+
+def _write_again(file, text):
+    file.seek(0)
+    file.truncate()
+    file.write(text)
+    file.flush()
 
 # %% ../nbs/02_resume.ipynb #9a9bab2c
 _counters = 'train_iter','pct_train','iter','smooth_loss','final_record','loss'
@@ -253,6 +232,12 @@ def _named(cbs):
         if not isinstance(cb, ResumeFit): yield f'{name}.{seen[name]}',cb
         seen[name] += 1
 
+def _others(learn):
+    "What has a state beside model and optimizer, by name"
+    loss = learn.loss_func # fastai's has the module in `func`
+    return dict(loss=getattr(loss, 'func', loss), scaler=vars(learn).get('scaler'), **dict(_named(learn.cbs)),
+                **{f'metric {i}': o for i,o in enumerate(learn.metrics)})
+
 def _grad(p):
     if p.grad is None: return None
     return _pack(p.grad) if p.grad.count_nonzero() else 0
@@ -261,28 +246,18 @@ def _grad(p):
 def _fit_state(learn):
     "All that the rest of a fit depends on, as it is between two batches"
     model = get_model(learn.model)
-    params = dict(model.named_parameters())
-    return dict(
-        model=_module_state(model), grads={k: _grad(p) for k,p in params.items()},
-        trained=[k for k,p in params.items() if p.requires_grad],
-        loss=_module_state(learn.loss_func) if isinstance(learn.loss_func, nn.Module) else None,
+    return dict(model=_module_state(model),
+        params={k: [p.requires_grad, _grad(p)] for k,p in model.named_parameters()},
         opt=_pack(learn.opt.state_dict()), frozen=learn.opt.frozen_idx,
-        scaler=_pack(learn.scaler.state_dict()) if vars(learn).get('scaler') else None,
         learn=_data({k: vars(learn)[k] for k in _counters if k in vars(learn)}),
-        metrics=[_get_state(o) for o in learn.metrics], cbs={k: _cb_state(cb) for k,cb in _named(learn.cbs)},
-        rng=_pack(_random_state(learn)), loaders=_pack(_rng_states(_rngs_of_all(learn, _of_order))),
-        time=time.time())
+        others={k: s for k,o in _others(learn).items() if (s := _state_of(o)) is not None},
+        rng=_rng_states(learn))
 
-# %% ../nbs/02_resume.ipynb #r0000013
-def _cb_state(cb):
-    try: return dict(state=_get_state(cb)) | _csv(cb)
+def _state_of(o):
+    try: return _get_state(o)
     except _NoData as e:
-        raise TypeError(f'`{type(cb).__name__}.state_dict()` has to be plain data, and holds a {e}') from None
-
-def _csv(cb):
-    if not isinstance(cb, CSVLogger): return {}
-    cb.file.flush()
-    return dict(csv=(cb.path/cb.fname).read_text())
+        if isinstance(o, Callback):
+            raise TypeError(f'`{type(o).__name__}.state_dict()` has to be plain data, and holds a {e}') from None
 
 # %% ../nbs/02_resume.ipynb #dce74657
 def _set_fit_state(learn, state, begin):
@@ -290,117 +265,85 @@ def _set_fit_state(learn, state, begin):
     model,opt = get_model(learn.model),learn.opt
     _load_module(model, state['model'])
     for k,p in model.named_parameters():
-        p.requires_grad_(k in state['trained'])
-        g = state['grads'][k]
-        p.grad = torch.zeros_like(p) if isinstance(g, int) else _unpack(g)
-    if state['loss'] and isinstance(learn.loss_func, nn.Module): _load_module(learn.loss_func, state['loss'])
+        trained,g = state['params'][k]
+        p.requires_grad_(trained).grad = torch.zeros_like(p) if isinstance(g, int) else _unpack(g)
     opt.load_state_dict(_unpack(state['opt']))
     opt.frozen_idx = state['frozen']
-    if state['scaler']: learn.scaler.load_state_dict(_unpack(state['scaler']))
     vars(learn).update(_unpack(state['learn']))
-    for o,s in zip(learn.metrics, state['metrics']): _set_state(o, s)
-    for k,cb in _named(learn.cbs): _set_cb_state(cb, state['cbs'].get(k), begin, time.time()-state['time'])
-    _set_rng_states(_rngs_of_all(learn, _of_order), _unpack(state['loaders']))
-    _set_random_state(learn, _unpack(state['rng']))
-
-# %% ../nbs/02_resume.ipynb #r0000014
-def _set_cb_state(cb, state, begin, ago):
-    if state is None or isinstance(cb, FitCallback) and not begin: return
-    if isinstance(cb, FitCallback): cb._begin()
-    _set_state(cb, state['state'])
-    if 'start_epoch' in vars(cb): cb.start_epoch += ago # the recorder's clock stood still
-    if 'csv' in state:
-        cb.file.seek(0)
-        cb.file.truncate()
-        cb.file.write(state['csv'])
-        cb.file.flush()
+    for k,o in _others(learn).items():
+        is_ours = isinstance(o, FitCallback) # these set themselves up for a fit
+        if k not in state['others'] or is_ours and not begin: continue
+        if is_ours: o._begin()
+        _set_state(o, state['others'][k])
+    _set_rng_states(learn, state['rng'])
 
 # %% ../nbs/02_resume.ipynb #5734ba30
 def _told(o):
-    "`o` in words, if it says the same in every process"
-    if isinstance(o, (type(None), bool, int, float, str, bytes, Enum, PurePath)): return repr(o)
-    if isinstance(o, np.generic): return repr(o.item())
-    if isinstance(o, list|tuple|L) and len(o) < 20: return f"[{', '.join(map(_told, o))}]"
-    return getattr(o, '__qualname__', getattr(o, '__name__', type(o).__qualname__))
+    "`o` in words that are the same in each process: without addresses, and without the folders above the last"
+    if isinstance(o, type): return o.__qualname__
+    if isinstance(o, set|frozenset): o = sorted(o, key=str)
+    return re.sub(r"""[^'"]*/([^/'"]+/[^/'"]+['"])""", r'\1', re.sub(r' at 0x\w+', '', repr(o)))
 
-def _arguments(cb):
-    names = [o for o in signature(type(cb).__init__).parameters if o in vars(cb)]
-    return {o: _told(vars(cb)[o]) for o in names}
+def _length(o):
+    with suppress(TypeError): return len(o)
 
-# %% ../nbs/02_resume.ipynb #4535568f
-def _item(o):
-    "What can be told of an item of a data set without loading it"
-    if isinstance(o, PurePath): return '/'.join(o.parts[-2:]) # the folder above may be elsewhere tomorrow
-    if isinstance(o, torch.Tensor): return o.detach().cpu().numpy().tobytes().hex()
-    if isinstance(o, np.ndarray): return o.tobytes().hex()
-    if isinstance(o, list|tuple|L): return str([_item(v) for v in o])
+def _items(ds, n=1000):
+    "A checksum of up to `n` of what a data set is a list of, spread evenly; nothing is loaded"
+    items = getattr(ds, 'indices', getattr(ds, 'items', None))
+    if items is None or callable(items): items = getattr(ds, 'tensors', (ds,))[0]
+    if hasattr(items, 'iloc'): items = items.index
+    if not isinstance(items, list|tuple|L|np.ndarray|torch.Tensor) and not hasattr(items, 'get_loc'): return None
+    n = min(n, len(items))
+    return crc32(' '.join(_words(items[i*len(items)//n]) for i in range(n)).encode())
+
+def _words(o):
+    if isinstance(o, torch.Tensor): o = o.detach().cpu().double().sum().item()
+    if isinstance(o, np.generic): o = o.item()
+    if isinstance(o, list|tuple): return ' '.join(map(_words, o))
+    if isinstance(o, np.ndarray) and o.dtype.kind in 'biuf': o = float(o.sum(dtype=float))
     return _told(o)
 
-# %% ../nbs/02_resume.ipynb #r0000017
-def _items_of(ds):
-    "What a data set is a list of"
-    if isinstance(ds, Subset): return ds.indices
-    items = getattr(ds, 'items', None)
-    if items is None or callable(items): return getattr(ds, 'tensors', (ds,))[0]
-    return items.index if hasattr(items, 'iloc') else items
-
-def _items_sum(ds, n=1000):
-    "A checksum of up to `n` items, spread evenly, and their places"
-    items = _items_of(ds)
-    if not isinstance(items, list|tuple|L|np.ndarray|torch.Tensor) and not hasattr(items, 'get_loc'): return None
-    numbers = range(len(items)) if len(items) <= n else [i*len(items)//n for i in range(n)]
-    return crc32(repr([_item(items[i]) for i in numbers]).encode())
-
 # %% ../nbs/02_resume.ipynb #1ab9ba38
-def _length(o):
-    try: return len(o)
-    except TypeError: return None
-
 def _loader(dl):
-    sampler = getattr(dl, 'sampler', None)
+    "What can be told of a loader; `None` is what it has not"
+    res = {a: getattr(dl, a, None) for a in ('bs', 'batch_size', 'shuffle', 'drop_last', 'sampler')}
     ds = getattr(dl, 'dataset', dl)
-    shuffle = dl.shuffle if isinstance(getattr(dl, 'shuffle', None), bool) else type(sampler).__name__
-    return dict(batches=_length(dl), items=_length(ds), bs=getattr(dl, 'bs', getattr(dl, 'batch_size', None)),
-                shuffle=shuffle, sum=_items_sum(ds))
+    return dict(res, batches=_length(dl), items=_length(ds), checksum=_items(ds))
 
-# %% ../nbs/02_resume.ipynb #r0000021
-def _identity(learn):
-    "What a fit can be told from another one by; it is the same when the same call is made again"
-    scheds = {k: v for cb in learn.cbs if isinstance(cb, ParamScheduler) for k,v in cb.scheds.items()}
-    model,opt = get_model(learn.model),learn.opt
-    device = str(getattr(learn.dls, 'device', None)).partition(':')[0]
-    res = {'epochs': learn.n_epoch, 'loss': _named_loss(learn.loss_func), 'device': device,
-           'processes': _world(learn), 'optimizer': _told(type(getattr(opt, 'opt', opt))),
-           'steps of the optimizer': _told(getattr(opt, 'cbs', None)),
-           'parameters by group': str([len(o) for o in opt.param_lists])}
-    res |= {f'`{k}`': _told([h[k] for h in opt.hypers]) for k in opt.hypers[0] if k not in scheds}
-    res |= {f'schedule of `{k}`': _told([_sample(f, i/4) for i in range(5)]) for k,f in scheds.items()}
-    for name,dl in zip(('training', 'validation'), (learn.dls.train, learn.dls.valid)):
-        res |= {f'{name} data, {k}': v for k,v in _loader(dl).items()}
-    res |= {f'`{k}` of the model': f'{_shape(o)} {o.dtype}' for k,o in model.state_dict(keep_vars=True).items()
-            if isinstance(o, torch.Tensor)}
-    for k,cb in _named(learn.cbs):
-        if isinstance(cb, ProgressCallback): continue
-        res |= {f'callback {k}': 'one'} | {f'`{a}` of {k}': v for a,v in _arguments(cb).items()}
-    return res
-
-# %% ../nbs/02_resume.ipynb #r0000022
-def _named_loss(o):
-    told = repr(o)
-    return _told(o) if hasattr(o, '__name__') or ' at 0x' in told else told
+def _arguments(k, cb):
+    return {f'`{a}` of {k}': vars(cb)[a] for a in signature(type(cb).__init__).parameters if a in vars(cb)}
 
 def _world(learn):
     return dist.get_world_size() if hasattr(learn, 'distributed_trainer') and dist.is_initialized() else 1
-def _shape(o): return 'lazy' if isinstance(o, nn.parameter.UninitializedTensorMixin) else list(o.shape)
-def _sample(f, pos):
-    if isinstance(f, list|L): return [_sample(o, pos) for o in f]
-    v = f(pos)
-    return v.tolist() if hasattr(v, 'tolist') else v
 
 def _differences(a, b):
     "What two identities do not share, in words; an argument that was None may have been found out since"
-    return [f'{k}: {a.get(k, "none")} there, {b.get(k, "none")} here' for k in {**a, **b}
+    there,here = ({k: truncstr(o.get(k, 'none'), 80) for k in {**a, **b}} for o in (a, b))
+    return [f'{k}: {there[k]} there, {here[k]} here' for k in there
             if a.get(k) != b.get(k) and 'None' not in (a.get(k), b.get(k))]
+
+# %% ../nbs/02_resume.ipynb #r0000021
+def _identity(learn, number=0):
+    "What a fit can be told from another one by; it is the same when the same call is made again"
+    model,opt = get_model(learn.model),learn.opt
+    device = str(getattr(learn.dls, 'device', None)).partition(':')[0]
+    res = {'version of fastcb_training': __version__, 'epochs': learn.n_epoch, 'fit of a `fine_tune`': number,
+           'loss': learn.loss_func, 'device': device, 'processes': _world(learn),
+           'optimizer': type(getattr(opt, 'opt', opt)), 'steps of the optimizer': getattr(opt, 'cbs', None),
+           'parameters by group': [len(o) for o in opt.param_lists]}
+    scheds = {k: f for cb in learn.cbs if isinstance(cb, ParamScheduler) for k,f in cb.scheds.items()}
+    values = {f'`{k}`': [h[k] for h in opt.hypers] for k in opt.hypers[0] if k not in scheds}
+    res |= {k: np.array(v).tolist() for k,v in values.items()} # NumPy's numbers and Python's are told alike
+    for k,f in scheds.items(): # at five points
+        res[f'schedule of `{k}`'] = [float(f'{v:.6g}') for i in range(5) for v in np.ravel(f(i/4))]
+    for name,dl in zip(('training', 'validation'), (learn.dls.train, learn.dls.valid)):
+        res |= {f'{name} data, {k}': 'none' if v is None else v for k,v in _loader(dl).items()}
+    for k,o in model.state_dict(keep_vars=True).items():
+        is_lazy = isinstance(o, nn.parameter.UninitializedTensorMixin)
+        res[f'`{k}` of the model'] = None if is_lazy else (o.dtype, list(o.shape))
+    for k,cb in _named(learn.cbs):
+        if not isinstance(cb, ProgressCallback): res |= {f'callback {k}': type(cb)} | _arguments(k, cb)
+    return {k: _told(v) for k,v in res.items()}
 
 # %% ../nbs/02_resume.ipynb #7458869d
 def _sync(path, flags=os.O_RDONLY):
@@ -409,7 +352,6 @@ def _sync(path, flags=os.O_RDONLY):
     try: os.fsync(fd)
     finally: os.close(fd)
 
-# %% ../nbs/02_resume.ipynb #r0000024
 def _write_file(path, state):
     "Write `state` beside `path`, then rename; the file that was there is the one before"
     new,prev = path.with_suffix('.new'),path.with_suffix('.prev')
@@ -422,28 +364,32 @@ def _write_file(path, state):
     finally: new.unlink(missing_ok=True)
     if os.name != 'nt': _sync(path.parent) # Windows can't open a folder
 
-# %% ../nbs/02_resume.ipynb #r0000025
 def _read_file(path):
     "What a file holds, or an error, also if one byte of it is another one"
     with ZipFile(path) as f:
         if bad := f.testzip(): raise BadZipFile(f'{bad} is damaged')
-    return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    res = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    if not isinstance(res, dict) or 'fit' not in res: raise ValueError('it was not written by `ResumeFit`')
+    return res
 
 def _remove_files(path):
-    for o in path,path.with_suffix('.prev'),path.with_suffix('.new'): o.unlink(missing_ok=True)
+    for o in path,path.with_suffix('.prev'),path.with_suffix('.new'):
+        try: o.unlink(missing_ok=True)
+        except NotADirectoryError: pass
+        except OSError as e: warnings.warn(f'The fit has ended, and its file is still there: {e}')
 
 # %% ../nbs/02_resume.ipynb #26aee673
 class ResumeFit(FitCallback):
     "Go on with a fit that was cut off, as if it had not been"
     order = FirstThenLast() # it refuses before anything is written, and tidies up after all others
-    _saved = _place = _handler = None
-    _stateattrs = '_saved','_handler'
+    _stateattrs,_handlers = ('_saved', '_handlers'),{}
+    _signalled = False
     stopped = False # Was the last fit ended before its time, by a signal or because its minutes were over?
 
     def __init__(self,
         fname:str='resume', # The file is `learn.path/learn.model_dir/fname.pth`; each fit needs its own
         *,
-        every:float=10., # Minutes between two saves within an epoch, 0 or above; 0 saves after every batch
+        every:float=10., # Minutes between two saves within an epoch, 0 or above; 0 saves after every batch, at any cost
         minutes:float=None, # Minutes after which the fit is ended, above 0; None: never
     ):
         store_attr()
@@ -452,33 +398,24 @@ class ResumeFit(FitCallback):
         check('minutes', minutes, (Real, NoneType), 'a number of minutes above 0, or None',
               lambda o: o is None or o > 0)
 
-    def before_fit(self):
-        learn = self.learn
-        is_trial = any(isinstance(o, LRFinder) or vars(o).get('dry_run') is True for o in learn.cbs)
-        if self._looking or learn in _running or is_trial: return
-        self._in_fit = False # a copy made in mid-fit says it is in one
-        self._begin()
-
-    def before_train(self): pass
-    def after_fit(self):
-        if self._in_fit and not self._looking: self._finish()
-
 # %% ../nbs/02_resume.ipynb #c7e7ebe0
 def _around(learn, f, event_type, ex, final=noop):
     "fastai's `_with_events`, for a fit that may be cut off"
-    go = partial(type(learn)._with_events, learn)
+    go = partial(type(learn)._with_events, learn, event_type=event_type, ex=ex, final=final)
     cb = next((o for o in learn.cbs if isinstance(o, ResumeFit) and o._in_fit), None)
-    if cb is None or cb._looking: return go(f, event_type, ex, final)
-    wrap = dict(epoch=cb._epoch, train=cb._train, validate=cb._validate, batch=cb._batch).get(event_type)
-    if wrap: wrap(f, partial(go, event_type=event_type, ex=ex, final=final))
-    else: go(f, event_type, ex, final)
+    if cb is None or cb._looking: go(f)
+    elif event_type == 'epoch': cb._epoch(f, go)
+    elif event_type == 'batch': cb._batch(f, go)
+    elif event_type in ('train', 'validate'): cb._phase(f, go, event_type)
+    else: go(f)
 
-# %% ../nbs/02_resume.ipynb #73b2dbef
 @patch
 def _epoch(self:ResumeFit, f, go):
     epoch,n = self.learn.epoch,self.learn.n_epoch
     if self._place:
         if epoch < self._place[0]: # over, or the last, of which only `after_fit` is left
+            for cb in self.learn.cbs:
+                if isinstance(cb, ProgressCallback): cb.before_epoch() # its bar counts them
             if epoch+1 == n == self._place[0]: self._restore()
             return
         self._restore()
@@ -490,49 +427,48 @@ def _restore(self:ResumeFit):
     _set_fit_state(self.learn, self._saved['state'], begin=True)
     if self._place[1] is None: self._saved = self._place = None
 
-# %% ../nbs/02_resume.ipynb #r0000029
-@patch
-def _train(self:ResumeFit, f, go):
-    if not (self._place and self._place[1] == 'validate'): self._in_phase('train', f, go)
-
-@patch
-def _validate(self:ResumeFit, f, go): self._in_phase('validate', f, go)
-
 # %% ../nbs/02_resume.ipynb #a3970e68
 @patch
-def _in_phase(self:ResumeFit, phase, f, go):
-    self._phase = phase
-    go(partial(self._rest if self._place else self._whole, f))
-    self._phase = None
+def _phase(self:ResumeFit, f, go, phase):
+    "A phase from its beginning, or from where it was cut off"
+    if self._place and self._place[1] != phase: return # the training is over, and its validation was cut off
+    def batches():
+        k,rest = (self._place[2],self._rest()) if self._place else (0,f)
+        if not k: self._drawn = _rng_states(self.learn)
+        self._at = self.learn.epoch,phase,k
+        try: rest()
+        except RuntimeError: # a signal to all processes of a job ends the loader's workers, too
+            if not self._signalled or not self._at or self._world > 1: raise
+            self._stop(self._at)
+    go(batches)
+    self._at = None
 
 @patch
-def _whole(self:ResumeFit, f):
-    learn,self._done = self.learn,0
-    order = _loader_rngs(learn.dl, _of_order)
-    self._drawn = dict(rng=_pack(_random_state(learn)), loader=_pack(_rng_states(order)))
-    self._watch(f)
+def _batch(self:ResumeFit, f, go):
+    if not self._at: return go(f) # one that a callback has begun
+    (epoch,phase,_),self._at = self._at,None
+    go(f)
+    self._at = epoch,phase,self.learn.iter+1
+    if not self._checked: self._checked = [_state_of(cb) for _,cb in _named(self.learn.cbs)]
+    if self._at[2] < self.learn.n_iter: self._moment(self._at) # else the end of the phase is near
 
 # %% ../nbs/02_resume.ipynb #r0000030
 @patch
-def _rest(self:ResumeFit, f):
+def _rest(self:ResumeFit):
     "The batches from where it was cut off, in the order that was drawn then"
-    learn,saved,k = self.learn,self._saved,self._place[2]
+    learn,state,k = self.learn,self._saved['state'],self._place[2]
+    self._drawn,now = deepcopy(self._saved['drawn']),deepcopy(state['rng'])
     self._saved = self._place = None
-    _set_fit_state(learn, saved['state'], begin=False) # `before_epoch` and `before_train` have been here
-    self._drawn,self._done = _pack(_unpack(saved['drawn'])),k
-    order,now = _loader_rngs(learn.dl, _of_order),_random_state(learn)
-    here = _rng_states(order) if isinstance(learn.dl, LoaderView) else {} # it may begin another pass on its way
-    def ready():
-        _set_rng_states(order, here)
-        _set_random_state(learn, now)
-    _set_random_state(learn, _unpack(self._drawn['rng']))
-    _set_rng_states(order, _unpack(self._drawn['loader']))
+    _set_fit_state(learn, state, begin=False) # `before_epoch` and `before_train` have been here
+    _set_rng_states(learn, self._drawn)
+    is_view = isinstance(learn.dl, LoaderView) # it may begin another pass on its way
+    drawn = [] if is_view else [o for k,o in _loader_rngs(learn.dl).items() if '.dataset.' not in k]
     learn.n_iter = len(learn.dl)
     def batches():
-        for o in enumerate(_rest_of(learn.dl, k, ready), k): learn.one_batch(*o)
-    self._watch(batches)
+        rest = _rest_of(learn.dl, k, lambda: _set_rng_states(learn, now, drawn))
+        for o in enumerate(rest, k): learn.one_batch(*o)
+    return batches
 
-# %% ../nbs/02_resume.ipynb #r0000031
 def _rest_of(dl, k, ready):
     "The batches of `dl` from number `k` on; where they have no numbers, the others are loaded and dropped"
     some = numbered_batches(dl, range(k, len(dl)), ready)
@@ -544,47 +480,27 @@ def _dropping(dl, k, ready):
     ready()
     yield from batches
 
-# %% ../nbs/02_resume.ipynb #f8ec6e97
-@patch
-def _batch(self:ResumeFit, f, go):
-    self._inside = True
-    go(f)
-    self._inside,self._done = False,self.learn.iter+1
-    if not self._checked: self._checked = [_cb_state(cb) for _,cb in _named(self.learn.cbs)]
-    if self._done < self.learn.n_iter: # else the end of the phase is near
-        self._moment((self.learn.epoch, self._phase, self._done))
-
-@patch
-def _watch(self:ResumeFit, f):
-    "A signal to all processes of a job ends the loader's workers too: then nothing is lost, if no batch was in work"
-    try: f()
-    except RuntimeError:
-        if not self._signalled or self._inside or self._world > 1: raise
-        self._stop((self.learn.epoch, self._phase, self._done))
-
 # %% ../nbs/02_resume.ipynb #85d16c29
 @patch
 def _moment(self:ResumeFit, place):
     "Between two batches or two epochs: save, or stop, if it is time"
-    at_end = place[1] is None
-    stop,save = self._due(at_end)
-    if stop and place[0] < self.learn.n_epoch: self._stop(place)
-    if save: self._save(place)
+    stop,save = self._due(place[1] is None)
+    is_over = place[0] == self.learn.n_epoch
+    if stop and not is_over: self._stop(place)
+    if save or is_over and self._call: self._save(place) # the call goes on from here
 
-# %% ../nbs/02_resume.ipynb #r0000033
 @patch
 def _due(self:ResumeFit, at_end):
     "Is it time to stop, and to save?"
     now,self._n_asked = time.monotonic(),self._n_asked+1
-    start = self._call.start if self._call else self._start
-    stop = self._signalled or self.minutes is not None and now-start >= 60*self.minutes
-    save = now-self._last >= max(0 if at_end else 60*self.every, 100*self._cost if self._cost > 1 else 0)
+    stop = self._signalled or self.minutes is not None and now-self._start >= 60*self.minutes
+    is_cheap = not self.every or self._spent+self._cost <= 1+(now-self._begun)/100
+    save = is_cheap and (at_end or now-self._last >= 60*self.every)
     return (stop,save) if self._world == 1 else self._agree(stop, save, now, at_end)
 
-# %% ../nbs/02_resume.ipynb #r0000035
 @patch
 def _agree(self:ResumeFit, stop, save, now, at_end):
-    "All processes do what one of them has to do"
+    "All processes do what one of them has to do; they ask each other about once a second"
     if not at_end and self._n_asked < self._skip: return False,False
     device = next(self.learn.model.parameters()).device
     wish = torch.tensor([stop, save, (now-self._asked)/self._n_asked], dtype=torch.float, device=device)
@@ -597,68 +513,43 @@ def _agree(self:ResumeFit, stop, save, now, at_end):
 @patch
 def _stop(self:ResumeFit, place):
     self._save(place)
-    self.stopped = True
+    self.stopped,self._warned = True,False
     if self._call: self._call.stopped = True
-    self._warned = False
     why = f'after {self.minutes} minutes' if self.minutes else 'by another process'
     if self._signalled: why = 'by SIGTERM'
     self.warn_once(f'The fit was ended {why}, in epoch {place[0]} of 0 to {self.learn.n_epoch-1}. '
                    'The same call goes on with it.')
     raise CancelFitException
 
-# %% ../nbs/02_resume.ipynb #6ad4ab9b
 @patch
 def _save(self:ResumeFit, place):
-    start,learn = time.monotonic(),self.learn
-    state = dict(version=__version__, fit=self._fit, before=self._call.fits if self._call else [],
-                 number=self._number+1, place=list(place), drawn=self._drawn if place[1] else None,
-                 state=_fit_state(learn))
+    start,self._number = time.monotonic(),self._number+1
+    state = dict(fit=self._fit, number=self._number, place=list(place), drawn=self._drawn if place[1] else None,
+                 state=_fit_state(self.learn))
     try: _write_file(self._file, state)
     except (OSError, RuntimeError) as e: # PyTorch's writer has its own word for a full disk
         why = e if isinstance(e, OSError) else f'{e} (is the disk full?)'
         self.warn_once(f'`{self._file}` could not be written: {why}. Training goes on, '
                        'and the file before it is as it was.')
-    self._number += 1
     self._last = time.monotonic()
     self._cost = self._last-start
+    self._spent += self._cost
 
 # %% ../nbs/02_resume.ipynb #6468589b
 @patch
 def _find(self:ResumeFit):
     "Is there a file, and is it of this fit?"
-    if self._call and self._call.stopped: return self._pass()
     saved = self._read()
     if not saved: return
-    before,there = self._call.fits if self._call else [],saved['before']
-    if (v := saved['version']) != __version__:
-        self._refuse([f'version of fastcb_training: {v} there, {__version__} here'])
-    n = len(before)
-    if len(there) > n:
-        if self._call and not _differences(there[n]['fit'], self._fit): return self._pass(_unpack(there[n]))
-        self._refuse(['it is of a later fit of a `fine_tune`'])
-    if len(there) == n-1 and not _differences(saved['fit'], before[-1]['fit']): return # of the fit that just ended
-    if diff := _differences(saved['fit'], self._fit): self._refuse(diff)
+    if why := _differences(saved['fit'], self._fit):
+        more = f' and {len(why)-5} more' if len(why) > 5 else ''
+        raise ValueError(f'`{self._file}` is not of this fit. {"; ".join(why[:5])}{more}. Make the call that it is of, '
+                         'or give this fit another `fname`, or delete the file to start from nothing.')
     self._saved,self._place,self._number = saved,tuple(saved['place']),saved['number']
-    if self.learn.logger is not noop: print(self._where())
-
-# %% ../nbs/02_resume.ipynb #r0000036
-@patch
-def _where(self:ResumeFit):
+    getattr(self.learn.dls, 'n_inp', None) # asked at the first batch: fastai may draw an item to find out
     epoch,phase,k = self._place
-    when = time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(self._saved['state']['time']))
-    return f"Going on from {when}: epoch {epoch}{f', batch {k} of {phase}' if phase else ''}"
-
-@patch
-def _pass(self:ResumeFit, fit=None):
-    "All epochs are passed by: the fit is over, or a fit before it was ended before its time"
-    self._passed,self._place,self.stopped = fit,(inf, None, 0),fit is None
-
-# %% ../nbs/02_resume.ipynb #r0000037
-@patch
-def _refuse(self:ResumeFit, why):
-    more = f' and {len(why)-5} more' if len(why) > 5 else ''
-    raise ValueError(f'`{self._file}` is not of this fit. {"; ".join(why[:5])}{more}. Make the call that it is of, '
-                     'or give this fit another `fname`, or delete the file to start from nothing.')
+    if self.learn.logger is not noop:
+        print('Going on with', f'epoch {epoch}'+(f', batch {k} of {phase}' if phase else ''))
 
 # %% ../nbs/02_resume.ipynb #47af3c30
 @patch
@@ -678,7 +569,6 @@ def _read(self:ResumeFit):
     if bad:
         raise RuntimeError(f'{"; ".join(bad)}. Delete what is there to start from nothing, or give another `fname`.')
 
-# %% ../nbs/02_resume.ipynb #r0000038
 def _shared(numbers, bad, world):
     if world == 1: return numbers,bad
     seen = [None]*world
@@ -691,80 +581,95 @@ def _shared(numbers, bad, world):
 # %% ../nbs/02_resume.ipynb #e9af4289
 @patch
 def _listen(self:ResumeFit):
-    "Only the main thread can have a handler"
-    self._handler = None
-    if threading.current_thread() is not threading.main_thread(): return
-    self._handler = signal.getsignal(signal.SIGTERM) # None if C code has set it: it could not be set back
-    if self._handler is not None: signal.signal(signal.SIGTERM, partial(_on_signal, self, os.getpid()))
+    "Only the main thread can have a handler, and one that C code has set could not be set back"
+    self._handlers,handler = {},signal.getsignal(signal.SIGTERM)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        self._handlers[signal.SIGTERM] = signal.signal(signal.SIGTERM, partial(_on_signal, self, os.getpid()))
 
-# %% ../nbs/02_resume.ipynb #r0000040
 def _on_signal(cb, pid, *args):
     if os.getpid() != pid: # a child that was forked with the handler
-        signal.signal(signal.SIGTERM, cb._handler)
+        signal.signal(signal.SIGTERM, cb._handlers[signal.SIGTERM])
         return signal.raise_signal(signal.SIGTERM)
     if not cb._signalled and hasattr(signal, 'SIGCHLD'): # PyTorch would raise when workers end
-        cb._child_handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        cb._handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     cb._signalled = True
 
-# %% ../nbs/02_resume.ipynb #r0000041
 @patch
 def _unlisten(self:ResumeFit):
-    if self._handler is None: return
-    signal.signal(signal.SIGTERM, self._handler)
-    self._handler = None
-    if not self._signalled: return
-    if getattr(self, '_child_handler', None) is not None: signal.signal(signal.SIGCHLD, self._child_handler)
+    handlers,self._handlers = self._handlers,{}
+    for o,handler in handlers.items():
+        if handler is not None: signal.signal(o, handler)
+    if not self._signalled or not handlers: return
     for o in sys.stdout,sys.stderr: o.flush()
     signal.raise_signal(signal.SIGTERM)
 
 # %% ../nbs/02_resume.ipynb #8c56fcf7
-class _Call:
-    "The fits of one call of `fine_tune`"
-    stopped = False
-    def __init__(self): self.fits,self.files,self.start = [],set(),time.monotonic()
+class _Stopped(Exception): "Ends a `fine_tune`, one of whose fits was ended before its time"
+
+@around('fit')
+def _ends_its_call(learn, fit, *args, **kwargs):
+    fit(learn, *args, **kwargs)
+    if (call := vars(learn).get('_call_of_fits')) and call.stopped: raise _Stopped
 
 @around('fine_tune')
 def _call_of_fits(learn, fine_tune, *args, **kwargs):
-    outer,call = vars(learn).get('_call_of_fits'),_Call()
-    learn._call_of_fits = call
+    "Each of its fits has a file of its own, and all files last until it is over"
+    outer = vars(learn).get('_call_of_fits')
+    learn._call_of_fits = SimpleNamespace(files=[], stopped=False, start=time.monotonic())
     try: fine_tune(learn, *args, **kwargs)
-    finally: learn._call_of_fits = outer
-    if not call.stopped:
-        for o in call.files: _remove_files(o)
+    except _Stopped: return
+    finally: call,learn._call_of_fits = learn._call_of_fits,outer
+    for o in reversed(call.files): _remove_files(o)
+
+# %% ../nbs/02_resume.ipynb #26aee67b
+@patch
+def before_fit(self:ResumeFit):
+    learn = self.learn
+    is_trial = any(isinstance(o, LRFinder) or vars(o).get('dry_run') is True for o in learn.cbs)
+    if self._looking or learn in _running or is_trial: return
+    if sum(isinstance(o, ResumeFit) for o in learn.cbs) > 1:
+        raise ValueError('Two `ResumeFit` in one fit: give one, or take the other off the Learner')
+    for o in learn.cbs:
+        if isinstance(o, SaveModelCallback) and str(o.fname) == str(self.fname):
+            raise ValueError(f'`SaveModelCallback` writes to `{self.fname}.pth`, too: give one of them another `fname`')
+    self._in_fit = False # a copy made in mid-fit says it is in one
+    self._begin()
+
+@patch
+def before_train(self:ResumeFit): pass
+@patch
+def after_fit(self:ResumeFit):
+    if not self._in_fit or self._looking or self.stopped: return
+    if not self._call: _remove_files(self._file) # else it has to last until the whole call is over
 
 # %% ../nbs/02_resume.ipynb #0a0f9770
 _running = WeakSet() # Learners in a fit that can go on; a fit inside it can't
 
 @patch
 def start_fit(self:ResumeFit):
-    learn = self.learn
-    now = time.monotonic()
-    vars(self).update(stopped=False, _passed=None, _signalled=False, _phase=None, _inside=False, _checked=False,
-        _saved=None, _place=None, _number=0, _cost=0., _skip=1, _n_asked=0, _start=now, _last=now, _asked=now,
-        _call=vars(learn).get('_call_of_fits'), _world=_world(learn), _fit=_identity(learn))
-    rank = dist.get_rank() if self._world > 1 else 0
-    self._file = learn.path/learn.model_dir/f"{self.fname}{f'.rank{rank}' if rank else ''}.pth"
+    learn,now = self.learn,time.monotonic()
+    self._call,self._world = vars(learn).get('_call_of_fits'),_world(learn)
+    number = len(self._call.files)+1 if self._call else 0
+    vars(self).update(stopped=False, _signalled=False, _checked=False, _saved=None, _place=None, _at=None,
+        _fit=_identity(learn, number), _number=0, _start=self._call.start if self._call else now,
+        _begun=now, _last=now, _cost=0., _spent=0., _asked=now, _n_asked=0, _skip=1)
+    self._file = self._path(number)
     self._find()
+    if self._call: self._call.files.append(self._file)
+    if self._call and not self._saved: _remove_files(self._path(number+1)) # it went on from another first fit
     self._listen()
     vars(learn)['_with_events'] = partial(_around, learn)
     _running.add(learn)
 
-# %% ../nbs/02_resume.ipynb #r0000027
+@patch
+def _path(self:ResumeFit, number):
+    rank = dist.get_rank() if self._world > 1 else 0
+    more = (f'.{number}' if number > 1 else '')+(f'.rank{rank}' if rank else '')
+    return self.learn.path/self.learn.model_dir/f'{self.fname}{more}.pth'
+
 @patch
 def end_fit(self:ResumeFit):
     vars(self.learn).pop('_with_events', None)
     _running.discard(self.learn)
     self._saved = None
     self._unlisten()
-
-# %% ../nbs/02_resume.ipynb #r0000028
-@patch
-def _finish(self:ResumeFit):
-    "The fit has come to its end: in `fine_tune` its file has to last until the next fit has one"
-    if self.stopped or self._call and self._call.stopped: return
-    opt = self.learn.opt
-    if self._passed:
-        for k in self._passed['hypers'][0]: opt.set_hyper(k, [h[k] for h in self._passed['hypers']])
-    if not self._call: return _remove_files(self._file)
-    self._call.files.add(self._file)
-    self._call.fits.append(dict(fit=self._fit, hypers=_pack([{**h} for h in opt.hypers])))

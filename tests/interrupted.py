@@ -49,7 +49,7 @@ class Seen(Callback):
     order = 200
     last = None
     def __init__(self): self.xs = []
-    def after_batch(self): self.xs.append(self.x.double().sum().item()+100*self.training)
+    def after_batch(self): self.xs.append(self.xb[-1].double().sum().item()+100*self.training)
 
 class Every2(Callback):
     "Step after two batches, with `state_dict` and what a phase resets"

@@ -9,6 +9,12 @@ from fractions import Fraction
 
 import pytest
 
+import pandas as pd
+from fastai.data.transforms import Normalize
+from fastai.tabular.core import TabularPandas
+from fastai.text.data import LMDataLoader, SortedDL
+from fastai.callback.rnn import ModelResetter
+
 from interrupted import *
 from interrupted import _Last
 
@@ -155,13 +161,9 @@ def change(folder, f):
     f(saved)
     torch.save(saved, file_of(folder))
 
-def set_fresh(key):
-    def f(saved): saved['state']['rng'][key] = resume._pack(resume._random_state(richly(Path('.')))[key])
-    return f
-
 def drop_attr(cb, *names):
     def f(saved):
-        for o in names: del saved['state']['cbs'][cb]['state']['attrs'][o]
+        for o in names: del saved['state']['others'][cb]['attrs'][o]
     return f
 
 def dropped(*path, to=None):
@@ -175,27 +177,28 @@ def dropped(*path, to=None):
 
 def zeroed(o): return {k: v*0 for k,v in o.items()}
 def other(o): return resume._pack(random.Random(3).getstate())
+def other_order(key, place):
+    def f(saved): (saved if key == 'drawn' else saved['state'])[key].update({k: other(v) for k,v in saved['drawn'].items() if k == place})
+    return f
 
 pieces = dict(
     none=lambda saved: None,
     weights=dropped('state', 'model', 'state', to=zeroed),
     buffers=dropped('state', 'model', 'buffers', to={}),
     attributes=dropped('state', 'model', 'attrs', to={}),
-    gradients=dropped('state', 'grads', to=lambda o: {k: 0 for k in o}),
+    gradients=dropped('state', 'params', to=lambda o: {k: [v, 0] for k,(v,_) in o.items()}),
     optimizer=lambda saved: [o.update(step=1) for o in saved['state']['opt']['state']],
-    scaler=dropped('state', 'scaler', to=0),
+    scaler=dropped('state', 'others', 'scaler'),
     pct_train=dropped('state', 'learn', 'pct_train'), train_iter=dropped('state', 'learn', 'train_iter'),
-    metrics=dropped('state', 'metrics', to=[]),
+    metrics=dropped('state', 'others', to=lambda o: {k: v for k,v in o.items() if 'metric' not in k}),
     python=dropped('state', 'rng', 'python', to=other),
     numpy=dropped('state', 'rng', 'numpy', to=lambda o: resume._pack(np.random.RandomState(3).get_state())),
     torch=dropped('state', 'rng', 'torch', to=lambda o: torch.Generator().manual_seed(3).get_state()),
-    data_set=dropped('state', 'rng', 'data', to={}),
-    order=dropped('drawn', 'loader', to=lambda o: {k: other(v) for k,v in o.items()}),
-    other_loaders=lambda saved: [saved['state']['loaders'].update({k: other(0)}) for k in saved['state']['loaders'] if k.startswith('1')],
-    recorder=dropped('state', 'cbs', 'Recorder.0'), losses=drop_attr('Recorder.0', 'losses'), rows=drop_attr('Recorder.0', 'values'),
-    smooth_loss=dropped('state', 'cbs', 'Recorder.0', 'state', 'parts', 'smooth_loss'),
-    tracker=drop_attr('EarlyStoppingCallback.0', 'best'), schedule=dropped('state', 'cbs', 'ParamScheduler.0'),
-    csv=dropped('state', 'cbs', 'CSVLogger.0', 'csv'), own_state=dropped('state', 'cbs', 'Every2.0'),
+    data_set=dropped('state', 'rng', '0.dataset.rng'), order=other_order('drawn', '0.rng'), other_loaders=other_order('rng', '1.rng'),
+    recorder=dropped('state', 'others', 'Recorder.0'), losses=drop_attr('Recorder.0', 'losses'), rows=drop_attr('Recorder.0', 'values'),
+    smooth_loss=dropped('state', 'others', 'Recorder.0', 'parts', 'smooth_loss'),
+    tracker=drop_attr('EarlyStoppingCallback.0', 'best'), schedule=dropped('state', 'others', 'ParamScheduler.0'),
+    csv=dropped('state', 'others', 'CSVLogger.0'), own_state=dropped('state', 'others', 'Every2.0'),
     batch=lambda saved: saved['place'].__setitem__(2, saved['place'][2]-1), epoch=lambda saved: saved['place'].__setitem__(0, 0))
 
 @pytest.mark.parametrize('piece', pieces)
@@ -264,7 +267,7 @@ def simple(folder, n_epoch=3, lr=.05, cbs=(), n=44, bs=8, shuffle=True, model=No
     (dict(n_epoch=4), 'epochs: 3 there, 4 here'), (dict(lr=.06), '`lr`: [0.05] there, [0.06] here'), (dict(wd=.1), '`wd`'),
     (dict(n=45), 'training data, items: 44 there, 45 here'), (dict(bs=9), 'training data, bs'), (dict(shuffle=False), 'training data, shuffle'),
     (dict(model=nn.Linear(3, 1)), 'of the model'), (dict(opt=Adam), 'optimizer'), (dict(opt=partial(SGD, mom=.8)), '`mom`'),
-    (dict(loss=L1LossFlat()), 'loss'), (dict(cbs=[GradientClip(1.)]), 'callback GradientClip.0: none there, one here'), (dict(ds=Noisy(44).x.numpy()[::-1].tolist()), 'training data')], ids=lambda o: o.replace(' ', '_') if isinstance(o, str) else '_'.join(o))
+    (dict(loss=L1LossFlat()), 'loss'), (dict(cbs=[GradientClip(1.)]), 'callback GradientClip.0: none there, GradientClip here'), (dict(ds=Noisy(44).x.numpy()[::-1].tolist()), 'training data')], ids=lambda o: o.replace(' ', '_') if isinstance(o, str) else '_'.join(o))
 def test_other_fits_are_refused(other, says, tmp_path):
     fitted(tmp_path, simple, ('after_batch', 4))
     before = file_of(tmp_path).read_bytes()
@@ -278,8 +281,8 @@ def test_arguments_of_callbacks_and_versions(tmp_path):
     csv = (tmp_path/'history.csv').read_text()
     with pytest.raises(ValueError, match='`max_norm` of GradientClip.0: 1.0 there, 2.0 here'): fitted(tmp_path, partial(simple, cbs=[GradientClip(2.), CSVLogger()]))
     assert (tmp_path/'history.csv').read_text() == csv # it had not been opened yet
-    change(tmp_path, lambda saved: saved.update(version='0.0.0'))
-    with pytest.raises(ValueError, match='version of fastcb_training: 0.0.0 there'): fitted(tmp_path, partial(simple, cbs=[GradientClip(1.), CSVLogger()]))
+    change(tmp_path, lambda saved: saved['fit'].update({'version of fastcb_training': "'0.0.0'"}))
+    with pytest.raises(ValueError, match='version of fastcb_training: .0.0.0. there'): fitted(tmp_path, partial(simple, cbs=[GradientClip(1.), CSVLogger()]))
 
 @pytest.mark.parametrize('size', [0, 100, .5, -1])
 def test_a_broken_file(size, tmp_path):
@@ -359,7 +362,7 @@ def test_minutes(tmp_path):
 def test_minutes_end_a_fine_tune(tmp_path):
     learn = learner(tmp_path, splitter=lambda m: [params(m.layers[:3]), params(m.layers[3:])])
     with pytest.warns(UserWarning, match='ended after'): learn.fine_tune(2, freeze_epochs=1, cbs=[res := ResumeFit(minutes=1e-9)])
-    assert res.stopped and learn.train_iter == 0 and torch.load(file_of(tmp_path), weights_only=True)['place'] == [0, 'train', 1]
+    assert res.stopped and learn.train_iter == 1 and learn.opt.frozen_idx == 1 and torch.load(file_of(tmp_path), weights_only=True)['place'] == [0, 'train', 1]
 
 @pytest.mark.parametrize('on_learner', [False, True])
 def test_a_handler_of_the_users(on_learner, tmp_path):
@@ -418,7 +421,7 @@ def test_a_state_that_is_no_data_is_said_at_once(tmp_path):
 
 @pytest.mark.parametrize('o', [None, True, -3, 2.5, float('nan'), 'é', b'\0a', [1, 'a', None], [1.5, tensor(2)], (1, (2,)), {'a': [1], 2: {}}, {1, 2}, L(1, 2), L(),
     deque([1, 2], 3), Path('a/b'), Fraction(1, 3), 1+2j, np.float32(.1), np.int64(3), np.arange(6).reshape(2, 3)[:, 1:], np.array(['a', 'bc']), np.array(3.),
-    [np.float64(1), np.float64(2)], [tensor(1.), tensor(2.)], torch.rand(3, 4).t(), tensor([True]), random.getstate(), np.random.get_state(), OrderedDict(a=1)], ids=lambda o: type(o).__name__)
+    [np.float64(1), np.float64(2)]*30, [tensor(1.), tensor(2.)]*30, [1.5, 2.]*30, [3, 4]*30, [2**70]*60, [True, 2]*30, [np.float32(1)], [tensor(1.)], torch.rand(3, 4).t(), tensor([True]), random.getstate(), np.random.get_state(), OrderedDict(a=1)], ids=lambda o: type(o).__name__)
 def test_what_is_packed_comes_back(o, tmp_path):
     torch.save(resume._pack(o), tmp_path/'o')
     back = resume._unpack(torch.load(tmp_path/'o', weights_only=True))
@@ -455,3 +458,137 @@ def test_copies(how, tmp_path):
     (dict(every='1'), TypeError), (dict(every=True), TypeError), (dict(minutes=0), ValueError), (dict(minutes='1'), TypeError), (dict(minutes=float('nan')), ValueError)], ids=str)
 def test_refusals(kwargs, error):
     with pytest.raises(error, match=f'`{[*kwargs][0]}` has to be'): ResumeFit(**kwargs)
+
+
+# What users do
+
+def weighted(n=44):
+    return WeightedDL(Noisy(n), bs=8, wgts=np.arange(1., n+1), shuffle=True, num_workers=0)
+
+def sampled(n=44):
+    "Draws as it goes, from a generator of its own: with replacement, 32 numbers at a time"
+    ds,g = Noisy(n),torch.Generator().manual_seed(3)
+    return torch.utils.data.DataLoader(ds, batch_size=8, generator=g, sampler=torch.utils.data.RandomSampler(ds, True, n, generator=g))
+
+def one_cycle_of(learn, cbs): learn.fit_one_cycle(3, .05, cbs=cbs)
+def found(learn, cbs):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn.lr_find(num_it=6, show_plot=False)
+    learn.fit(3, .05, cbs=cbs)
+
+class Heavy(nn.Linear):
+    "More than five items do not fit"
+    def forward(self, x):
+        if len(x) > 5: raise torch.OutOfMemoryError('too many')
+        return super().forward(x)
+
+def text():
+    ds = L(torch.arange(n, n+n%7+3)%11 for n in range(20))
+    return LMDataLoader(ds, lens=[len(o) for o in ds], bs=3, seq_len=4, shuffle=True)
+
+def sorted_texts():
+    ds = [(torch.rand(n%7+3, 3).sum(0), torch.ones(1)*n) for n in range(44)]
+    return SortedDL(ds, sort_func=lambda o: o[1].item()%9, bs=8, shuffle=True, num_workers=0)
+
+def tabular():
+    df = pd.DataFrame(dict(a=np.arange(44.)%5, b=np.arange(44.)%7, y=np.arange(44.)))
+    return TabularPandas(df, procs=[Normalize], cont_names=['a', 'b'], y_names='y').dataloaders(bs=8).train
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.emb,self.rnn,self.lin = nn.Embedding(11, 5),nn.GRU(5, 5, batch_first=True),nn.Linear(5, 11)
+        self.reset()
+    def reset(self): self.h = None
+    def forward(self, x):
+        if self.h is None or self.h.shape[1] != len(x): self.h = torch.zeros(1, len(x), 5)
+        out,h = self.rnn(self.emb(x.as_subclass(torch.Tensor)), self.h)
+        self.h = h.detach()
+        return self.lin(out)
+
+class OfTable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(2, 1)
+    def forward(self, cat, cont): return self.lin(cont)
+
+uses = dict( # the fit, its other callbacks, its training loader, its model
+    flat_cos=(lambda learn, cbs: learn.fit_flat_cos(3, .05, cbs=cbs), list, None, None),
+    sgdr=(lambda learn, cbs: learn.fit_sgdr(2, 1, .05, cbs=cbs), list, None, None),
+    lr_find=(found, list, None, None),
+    each_epoch_saved=(one_cycle_of, lambda: [SaveModelCallback(every_epoch=True), CSVLogger(append=True)], None, None),
+    plateau=(lambda learn, cbs: learn.fit(4, .5, cbs=cbs), lambda: [ReduceLROnPlateau(min_delta=10.), SaveModelCallback(reset_on_fit=False)], None, None),
+    persistent=(one_cycle_of, list, lambda: DataLoader(Noisy(44, False), bs=8, shuffle=True, num_workers=2, persistent_workers=True), None),
+    weighted=(one_cycle_of, list, weighted, None), sampled=(one_cycle_of, list, sampled, None),
+    last_dropped=(one_cycle_of, list, lambda: DataLoader(Noisy(44), bs=8, shuffle=True, drop_last=True), None),
+    a_part=(one_cycle_of, lambda: [ShortEpochCallback(.5)], None, None),
+    goes_on=(one_cycle_of, lambda: [ShortEpochCallback(n_batches=4, resume=True)], None, None),
+    longer=(one_cycle_of, lambda: [ShortEpochCallback(n_batches=7, resume=True)], None, None),
+    goes_on_sampled=(one_cycle_of, lambda: [ShortEpochCallback(n_batches=4, resume=True)], sampled, None),
+    overfit=(one_cycle_of, lambda: [ShortEpochCallback(n_batches=2, overfit=True)], None, None),
+    some_validated=(one_cycle_of, lambda: [ShortEpochCallback(n_batches=3, n_valid=1)], None, None),
+    half_full=(one_cycle_of, lambda: [GradientAccumulation(20), GradientClip(.1), CpuMixedPrecision()], None, None),
+    flushed=(one_cycle_of, lambda: [GradientAccumulation(20, flush=True)], None, None),
+    frozen=(one_cycle_of, lambda: [BnFreeze(all_layers=True)], None, lambda: nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).requires_grad_(False), nn.Linear(4, 1))),
+    found_size=(one_cycle_of, lambda: [MicroBatch(), GradientAccumulation(20)], None, lambda: Heavy(3, 1)),
+    text=(one_cycle_of, lambda: [ModelResetter()], text, Recurrent), sorted=(one_cycle_of, list, sorted_texts, None),
+    tabular=(one_cycle_of, list, tabular, OfTable), start_epoch=(lambda learn, cbs: learn.fit(4, .05, cbs=cbs, start_epoch=1), list, None, None),
+    bar=(one_cycle_of, lambda: [ProgressCallback(), ShowGraphCallback()], None, None),
+    as_class=(one_cycle_of, lambda: [TerminateOnNaNCallback], None, None))
+
+def used(use, folder):
+    fit,cbs,loader,model = uses[use]
+    set_seed(7)
+    dls = loaders()
+    if loader: dls.loaders[0] = loader()
+    if use in ('text', 'tabular'): dls.loaders[1] = loader()
+    set_seed(7)
+    loss = CrossEntropyLossFlat() if use == 'text' else None
+    learn = learner(folder, dls, model and model(), loss, metrics=None if use == 'text' else mae)
+    learn.todo = lambda: fit(learn, [Kept(), Cuts(), Seen(), _Last(), *cbs()])
+    return learn
+
+@pytest.mark.parametrize('use', uses)
+def test_uses(use, tmp_path):
+    "Cut off several times in a row: in training, in validation, between two epochs"
+    warnings.simplefilter('ignore')
+    def end(folder, *cuts):
+        for at in (*cuts, None): learn = fitted(folder, partial(used, use), at)
+        return outcome(folder, learn)
+    expected = end(tmp_path/'whole')
+    n = len(expected['losses'])//len(expected['rows']) # batches of an epoch
+    cuts = ('after_backward', 3), ('after_backward', 2), ('after_backward', n), ('after_pred', 2), ('after_epoch', 1), ('before_batch', n)
+    assert differs(expected, end(tmp_path/'cut', *cuts)) == []
+
+def test_a_disk_that_is_full(tmp_path):
+    "A limit on the size of files is what a process can have of its own; the system refuses to write more"
+    resource = pytest.importorskip('resource')
+    expected = fitted(tmp_path/'whole', simple)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    def limit(n): return lambda cb: resource.setrlimit(resource.RLIMIT_FSIZE, (n, limits[1]))
+    cbs = [At('before_batch', limit(9_000), it=2, ep=0), At('before_batch', limit(limits[0]), it=4, ep=0)]
+    try:
+        with pytest.warns(UserWarning, match='could not be written.*Training goes on') as seen: fitted(tmp_path, partial(simple, cbs=cbs), ('after_loss', 5))
+        assert torch.load(file_of(tmp_path), weights_only=True)['place'] == [0, 'train', 2] and not (tmp_path/'resume.new').exists()
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len([o for o in seen if 'could not be' in str(o.message)]) == 1
+    assert differs(expected.model.state_dict(), fitted(tmp_path, partial(simple, cbs=cbs)).model.state_dict()) == []
+
+def test_a_folder_that_can_not_be_written(tmp_path):
+    "It is no folder, for instance"
+    (tmp_path/'models').write_text('a file')
+    learn = simple(tmp_path, every=0)
+    learn.model_dir = 'models'
+    with pytest.warns(UserWarning, match='could not be written'): learn.todo()
+    assert len(learn.recorder.losses) == 3*6
+
+def test_two_in_one_fit(tmp_path):
+    learn = simple(tmp_path, cbs=[ResumeFit('b')])
+    with pytest.raises(ValueError, match='Two `ResumeFit`'): learn.todo()
+    learn = simple(tmp_path)
+    learn.fit(1, .05, cbs=ResumeFit) # as a class
+    learn.add_cb(ResumeFit('c'))
+    learn.fit(1, .05)
+    with pytest.raises(ValueError, match='Two `ResumeFit`'): learn.fit(1, .05, cbs=ResumeFit)
+    assert not [*tmp_path.glob('*.pth')]
