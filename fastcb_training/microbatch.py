@@ -16,8 +16,9 @@ loader keeps its batch, and the batch goes through the model in *microbatches* t
    `DistributedDataParallel` a batch synchronises once.
 6. **Inputs and outputs are tensors or nests of them**, split and joined along the first dimension. What cannot be split or joined is an
    error, and so is a model that remembers the batch before (`ModelResetter`).
-7. **Where all fits it costs nothing.** Otherwise it costs one more forward pass for all microbatches but the last, 4/3 of the time, and what small batches are slower by.
-   Peak memory is that of training with the microbatch, plus the outputs, plus at most two copies of the gradients.
+7. **Where all fits it costs nothing.** Otherwise it costs one more forward pass for all microbatches but the last, 4/3 of the time, and
+   what small batches are slower by. Peak memory is that of training with the microbatch, plus the outputs. Where hooks on parameters or
+   other processes wait for the whole gradient, at most two copies of it are added.
 
 Docs: https://fastcb.github.io/fastcb_training/microbatch.html.md"""
 
@@ -118,7 +119,6 @@ def _through(self:MicroBatch, batch):
     if size != self.size: self._found(batch, size)
     return out
 
-# %% ../nbs/05_microbatch.ipynb #a69582d2
 def _smaller(batch, parts, failed):
     "Half the size of the largest of the `parts`"
     try: largest = max(o.n_of(batch.n) for o in parts)
@@ -149,7 +149,6 @@ def _drain():
     t = torch.ones((), requires_grad=True)
     autograd.grad(t, t) # any pass does it, and the next part has to be computed before its own
 
-# %% ../nbs/05_microbatch.ipynb #16133b06
 _OutOfMemory = getattr(torch, 'OutOfMemoryError', torch.cuda.OutOfMemoryError) # the latter until torch 2.4
 _messages = 'out of memory',"can't allocate memory",'not enough memory','CUBLAS_STATUS_ALLOC_FAILED'
 
@@ -231,6 +230,12 @@ def _random_states():
 def _set_random_states(states):
     for f,state in states: f(state)
 
+def _autocasts(tensors):
+    "What `torch.autocast` is asked for now, by type of device"
+    device = first(o.device.type for o in tensors if o.device.type != 'cpu') or 'cpu'
+    asked = dict(zip((device, 'cpu'), _get_autocast_kwargs(device)))
+    return {o: kwargs for o,kwargs in asked.items() if kwargs and kwargs['enabled']}
+
 # %% ../nbs/05_microbatch.ipynb #d16e18f5
 class _State:
     "The random states, and the modes and buffers of `model`, as they are now"
@@ -239,36 +244,26 @@ class _State:
         for m in model.modules():
             self.modes[m] = m.training
             self.places += [(m, name, b) for name,b in m._buffers.items() if b is not None]
-        self.values = [_value(name, b) for _,name,b in self.places]
+        self.values = [self.value(name, b) for _,name,b in self.places]
+
+    def value(self, name, b):
+        if is_lazy(b): return tensor(float(name == 'running_var')) # what a lazy layer will begin with
+        return b.detach().clone()
 
     def load(self):
         _set_random_states(self.random)
         self.load_modes()
         self.load_buffers()
 
-# %% ../nbs/05_microbatch.ipynb #2e66c723
-def _value(name, b):
-    if is_lazy(b): return tensor(float(name == 'running_var')) # what a lazy layer will begin with
-    return b.detach().clone()
+    def load_modes(self):
+        for m,training in self.modes.items():
+            if m.training != training: m.training = training
 
-@patch
-def load_buffers(self:_State, modules=None):
-    for (m,name,b),value in zip(self.places, self.values):
-        if modules is not None and m not in modules: continue
-        m._buffers[name] = b # which the model may have replaced
-        if not is_lazy(b): b.data.copy_(value) # `data`: a graph that saved `b` would find it changed
-
-@patch
-def load_modes(self:_State):
-    for m,training in self.modes.items():
-        if m.training != training: m.training = training
-
-# %% ../nbs/05_microbatch.ipynb #d6019da5
-def _autocasts(tensors):
-    "What `torch.autocast` is asked for now, by type of device"
-    device = first(o.device.type for o in tensors if o.device.type != 'cpu') or 'cpu'
-    asked = dict(zip((device, 'cpu'), _get_autocast_kwargs(device)))
-    return {o: kwargs for o,kwargs in asked.items() if kwargs and kwargs['enabled']}
+    def load_buffers(self, modules=None):
+        for (m,name,b),value in zip(self.places, self.values):
+            if modules is not None and m not in modules: continue
+            m._buffers[name] = b # which the model may have replaced
+            if not is_lazy(b): b.data.copy_(value) # `data`: a graph that saved `b` would find it changed
 
 # %% ../nbs/05_microbatch.ipynb #7dbaefdf
 class _Statistics:
@@ -285,29 +280,21 @@ class _Statistics:
         self.hooks = [o.register_forward_hook(self.see) for o in self.layers]
         return self
 
-_synchronised = ('`MicroBatch` cannot split batches for `SyncBatchNorm`: processes that split differently '
-                 'would wait for each other for ever. Use `distrib_ctx(sync_bn=False)`.')
+    def begin(self):
+        if self.parts: self.state.load_buffers() # each part finds them as the batch has found them
+        self.parts.append({o: [] for o in self.layers})
 
-# %% ../nbs/05_microbatch.ipynb #7b75ab2d
-@patch
-def begin(self:_Statistics):
-    "Begin a part, which finds the buffers as the batch has found them"
-    if self.parts: self.state.load_buffers()
-    self.parts.append({o: [] for o in self.layers})
+    def see(self, layer, args, out):
+        n = out.numel()//out.shape[1] if isinstance(layer, _BatchNorm) else len(out)
+        self.parts[-1][layer].append((n, layer.running_mean.clone(), layer.running_var.clone()))
 
-@patch
-def see(self:_Statistics, layer, args, out):
-    n = out.numel()//out.shape[1] if isinstance(layer, _BatchNorm) else len(out)
-    self.parts[-1][layer].append((n, layer.running_mean.clone(), layer.running_var.clone()))
-
-@patch
-def __exit__(self:_Statistics, kind, *args):
-    for o,momentum in self.layers.items(): o.momentum = momentum
-    for o in self.hooks: o.remove()
-    if kind: return
-    self.state.load_buffers(self.layers)
-    for layer in self.layers:
-        for calls in zip(*(o[layer] for o in self.parts)): _move(layer, *_moments(layer, calls))
+    def __exit__(self, kind, *args):
+        for o,momentum in self.layers.items(): o.momentum = momentum
+        for o in self.hooks: o.remove()
+        if kind: return
+        self.state.load_buffers(self.layers)
+        for layer in self.layers:
+            for calls in zip(*(o[layer] for o in self.parts)): _move(layer, *_moments(layer, calls))
 
 # %% ../nbs/05_microbatch.ipynb #d215c953
 def _moments(layer, parts):
@@ -325,6 +312,9 @@ def _move(layer, mean, var):
         if layer.momentum is None: momentum = 1/layer.num_batches_tracked.item()
     for running,new in (layer.running_mean, mean),(layer.running_var, var): running.data.lerp_(new, momentum)
 
+_synchronised = ('`MicroBatch` cannot split batches for `SyncBatchNorm`: processes that split differently '
+                 'would wait for each other for ever. Use `distrib_ctx(sync_bn=False)`.')
+
 # %% ../nbs/05_microbatch.ipynb #82d53dc8
 class _Part:
     "Items of a batch that go through the model at once"
@@ -333,18 +323,16 @@ class _Part:
     def of(self, t): return t[self.items] if t.ndim else t
     def n_of(self, n): return len(range(n)[self.items])
 
-# %% ../nbs/05_microbatch.ipynb #73c89d6b
-@patch
-def split(self:_Part, n, size):
-    "Even parts of at most `size` of the batch's `n` items; a last one of a single item would break batchnorm"
-    start,stop,_ = self.items.indices(n)
-    k = ceil((stop-start)/size)
-    if k <= 1: return [self]
-    cuts = [start + i*(stop-start)//k for i in range(k+1)]
-    parts = [_Part(slice(*o)) for o in zip(cuts, cuts[1:])]
-    if self.random: # it has been through the model
-        for o in parts: o.random,o.whole,o.params = self.random,self.whole or self,self.params
-    return parts
+    def split(self, n, size):
+        "Even parts of at most `size` of the batch's `n` items; a last one of a single item would break batchnorm"
+        start,stop,_ = self.items.indices(n)
+        k = ceil((stop-start)/size)
+        if k <= 1: return [self]
+        cuts = [start + i*(stop-start)//k for i in range(k+1)]
+        parts = [_Part(slice(*o)) for o in zip(cuts, cuts[1:])]
+        if self.random: # it has been through the model
+            for o in parts: o.random,o.whole,o.params = self.random,self.whole or self,self.params
+        return parts
 
 # %% ../nbs/05_microbatch.ipynb #a9f5c3d6
 class _Batch:
@@ -360,6 +348,7 @@ class _Batch:
     def n(self): return _n_items(self.nest)
 
     def of(self, part, inputs):
+        "The part's inputs: copies, since a model may change them in place, each with a graph of its own"
         graph = torch.is_grad_enabled()
         return [part.of(o).detach().clone().requires_grad_(graph and o.requires_grad) for o in inputs]
 
@@ -481,7 +470,7 @@ def parts_back(self:_Batch, inputs, grads, create):
             todo = [o for part in todo for o in part.split(self.n, size)]
             continue
         todo.pop()
-        for i in reversed(range(len(sums))): sums[i] = _plus(sums[i], got.pop()) # one by one: two copies at once, not three
+        for i in reversed(range(len(sums))): sums[i] = _plus(sums[i], got.pop()) # one by one: two copies, not three
         pieces.insert(0, got)
     if failed: self.cb._found(self, size)
     return [_whole_grad(*o) for o in zip(inputs, zip(*pieces))],sums
@@ -516,7 +505,6 @@ def part_back(self:_Batch, part, inputs, grads, create):
     got = iter(autograd.grad(outputs, asked, grads, create_graph=create, allow_unused=True))
     return [next(got) if o.requires_grad else None for o in wanted]
 
-# %% ../nbs/05_microbatch.ipynb #041a3ac0
 @patch
 def arrive(self:_Batch, part, inputs, outputs, grads):
     "Add the gradients to `p.grad`"
