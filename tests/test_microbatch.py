@@ -370,9 +370,14 @@ def test_what_else_a_learner_does(size):
 @pytest.mark.parametrize('where', ['forward', 'backward'])
 @pytest.mark.parametrize('size', [None, 4])
 def test_one_item_that_does_not_fit(where, size):
-    learn = linear_learner(model=model(Limit(0, where)), cbs=(cb := MicroBatch(size)))
-    before = state(learn)
-    with pytest.raises(torch.OutOfMemoryError, match='One item alone') as e: learn.fit(1)
+    class Counts(nn.Module):
+        def __init__(self): super().__init__(); self.register_buffer('n', tensor(0))
+        def forward(self, x): self.n += 1; return x
+    learn = linear_learner(model=model(Counts(), nn.Dropout(.3), Limit(0, where)), cbs=(cb := MicroBatch(size)))
+    before,drawn = state(learn),[]
+    def draw(cb): drawn.append(torch.get_rng_state())
+    with pytest.raises(torch.OutOfMemoryError, match='One item alone') as e: learn.fit(1, cbs=At('before_batch', draw))
+    assert torch.equal(torch.get_rng_state(), drawn[0])
     assert state(learn) == before and cb.size == size and 'forward' not in vars(learn.model) and no_grads(learn)
     assert e.value.__cause__ is not None
 
