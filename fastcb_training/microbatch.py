@@ -16,8 +16,9 @@ loader keeps its batch, and the batch goes through the model in *microbatches* t
    `DistributedDataParallel` a batch synchronises once.
 6. **Inputs and outputs are tensors or nests of them**, split and joined along the first dimension. What cannot be split or joined is an
    error, and so is a model that remembers the batch before (`ModelResetter`).
-7. **Where all fits it costs nothing.** Otherwise it costs one more forward pass for all microbatches but the last, 4/3 of the time, and what small batches are slower by.
-   Peak memory is that of training with the microbatch, plus the outputs, plus at most two copies of the gradients.
+7. **Where all fits it costs nothing.** Otherwise it costs one more forward pass for all microbatches but the last, 4/3 of the time, and
+   what small batches are slower by. Peak memory is that of training with the microbatch, plus the outputs. Where hooks on parameters or
+   other processes wait for the whole gradient, at most two copies of it are added.
 
 Docs: https://fastcb.github.io/fastcb_training/microbatch.html.md"""
 
@@ -27,19 +28,21 @@ Docs: https://fastcb.github.io/fastcb_training/microbatch.html.md"""
 __all__ = ['MicroBatch']
 
 # %% ../nbs/05_microbatch.ipynb #65951f84
-import gc
+import gc, random
 from collections.abc import MutableMapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
+from dataclasses import fields, is_dataclass
+from functools import partial
 from math import ceil, inf
 from numbers import Integral, Number
 
+import numpy as np
 import torch
 from fastai.callback.rnn import ModelResetter
-from fastai.torch_core import get_random_states, set_random_states
 from fastcore.basics import first, patch, store_attr
 from fastcore.foundation import L
-from torch import Tensor, distributed as dist, nn, tensor
+from torch import Tensor, autograd, distributed as dist, nn, tensor
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
@@ -52,7 +55,7 @@ from .core import FitCallback, check, step_params
 class MicroBatch(FitCallback):
     "Send each batch through the model in parts that fit in memory, and train as if it had gone whole"
     order = inf # the others have done to the batch and the model what they want
-    _put_back = None
+    _put_back,_adds_up = None,False
 
     def __init__(self,
         size:int=None, # Most items that go through the model at once, 1 or more; None: all, until memory runs out
@@ -64,6 +67,8 @@ class MicroBatch(FitCallback):
         if any(isinstance(o, ModelResetter) for o in self.learn.cbs): raise ValueError(_remembers)
         self._stand_in()
 
+    def before_backward(self): self._adds_up = True # the Learner's own pass, which adds gradients to `p.grad`
+    def after_backward(self): self._adds_up = False
     def after_cancel_batch(self): self._step_aside()
     def end_fit(self): self._step_aside()
 
@@ -78,9 +83,7 @@ _remembers = ('`MicroBatch` cannot split a batch for a model that remembers the 
 def _stand_in(self:MicroBatch):
     "Make the model's next call ours"
     self._step_aside()
-    model = self.learn.model
-    ddp = first(model.modules(), lambda m: isinstance(m, DistributedDataParallel))
-    if ddp: model = ddp.module # inside of it, so that it sees one forward and one backward pass
+    model = _inner_model(self.learn.model)
     name = 'forward' if getattr(model, '_compiled_call_impl', None) is None else '_compiled_call_impl'
     forward,own = getattr(model, name),vars(model).get(name)
     def put_back():
@@ -94,7 +97,15 @@ def _stand_in(self:MicroBatch):
 
 @patch
 def _step_aside(self:MicroBatch):
+    self._adds_up = False
     if self._put_back: self._put_back()
+
+def _inner_model(model):
+    "What `DistributedDataParallel` wraps"
+    if not _has_processes(): return model
+    return first(m.module for m in model.modules() if isinstance(m, DistributedDataParallel)) or model
+
+def _has_processes(): return dist.is_available() and dist.is_initialized()
 
 # %% ../nbs/05_microbatch.ipynb #1ee60f75
 @patch
@@ -110,9 +121,8 @@ def _through(self:MicroBatch, batch):
 
 def _smaller(batch, parts, failed):
     "Half the size of the largest of the `parts`"
-    try: n = batch.n
+    try: largest = max(o.n_of(batch.n) for o in parts)
     except (TypeError, ValueError) as e: raise e from failed
-    largest = max(len(range(n)[o.items]) for o in parts)
     if largest > 1: return ceil(largest/2)
     raise _OutOfMemory('One item alone does not fit in memory: `MicroBatch` has nothing left to split.') from failed
 
@@ -137,7 +147,7 @@ def _try(f, *args, after=None):
 def _drain():
     "Drop what a failed pass has left in autograd's queue: branches that were ready, with the graph behind them"
     t = torch.ones((), requires_grad=True)
-    torch.autograd.grad(t, t) # any pass does it, and the next part has to be computed before its own
+    autograd.grad(t, t) # any pass does it, and the next part has to be computed before its own
 
 _OutOfMemory = getattr(torch, 'OutOfMemoryError', torch.cuda.OutOfMemoryError) # the latter until torch 2.4
 _messages = 'out of memory',"can't allocate memory",'not enough memory','CUBLAS_STATUS_ALLOC_FAILED'
@@ -153,16 +163,25 @@ def _map(f, nest):
         new = copy(nest) # a `defaultdict`, or an output of Transformers, is more than its items
         for k,o in nest.items(): new[k] = _map(f, o)
         return new
+    if is_dataclass(nest):
+        new = copy(nest)
+        for o in fields(nest): object.__setattr__(new, o.name, _map(f, getattr(nest, o.name))) # it may be frozen
+        return new
     if not isinstance(nest, (tuple, list, L)): return f(nest)
     new = [_map(f, o) for o in nest]
     return type(nest)(*new) if hasattr(nest, '_fields') else type(nest)(new)
 
+# %% ../nbs/05_microbatch.ipynb #56239866
 def _leaves(nest):
     found = []
     _map(found.append, nest)
     return found
 
 def _tensors(nest): return [o for o in _leaves(nest) if isinstance(o, Tensor)]
+
+def _with_leaves(nest, leaves):
+    leaves = iter(leaves)
+    return _map(lambda o: next(leaves), nest)
 
 def _with_tensors(nest, tensors):
     tensors = iter(tensors)
@@ -185,12 +204,8 @@ def _n_items(nest):
 # %% ../nbs/05_microbatch.ipynb #f9927ed4
 def _join(nests, counts):
     "The outputs for `counts` items each as one"
-    columns = list(zip(*map(_leaves, nests), strict=True))
+    columns = zip(*map(_leaves, nests), strict=True)
     return _with_leaves(nests[0], [_joined(o, counts) for o in columns])
-
-def _with_leaves(nest, leaves):
-    leaves = iter(leaves)
-    return _map(lambda o: next(leaves), nest)
 
 def _joined(leaves, counts):
     kind = type(leaves[0]).__name__
@@ -203,20 +218,17 @@ def _joined(leaves, counts):
                          f'shapes {shapes} for {counts} items.')
     return torch.cat(leaves)
 
-# %% ../nbs/05_microbatch.ipynb #d6019da5
+# %% ../nbs/05_microbatch.ipynb #d21af7bb
 def _random_states():
-    mps = torch.backends.mps.is_available()
-    return get_random_states(),torch.mps.get_rng_state() if mps else None # fastai leaves a Mac's GPU out
+    "How each generator is set, and its state"
+    states = [(random.setstate, random.getstate()), (np.random.set_state, np.random.get_state()),
+              (torch.set_rng_state, torch.get_rng_state())]
+    if torch.cuda.is_initialized(): states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
+    if torch.backends.mps.is_available(): states.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
+    return states
 
 def _set_random_states(states):
-    set_random_states(**states[0])
-    if states[1] is not None: torch.mps.set_rng_state(states[1])
-
-def _modes(model): return {m: m.training for m in model.modules()}
-
-def _set_modes(modes):
-    for m,training in modes.items():
-        if m.training != training: m.training = training
+    for f,state in states: f(state)
 
 def _autocasts(tensors):
     "What `torch.autocast` is asked for now, by type of device"
@@ -226,11 +238,13 @@ def _autocasts(tensors):
 
 # %% ../nbs/05_microbatch.ipynb #d16e18f5
 class _State:
-    "The random states and the buffers of `model`, as they are now"
+    "The random states, and the modes and buffers of `model`, as they are now"
     def __init__(self, model):
-        self.random = _random_states()
-        self.buffers = {m: [(name, b, self.value(name, b)) for name,b in m._buffers.items() if b is not None]
-                        for m in model.modules()}
+        self.random,self.modes,self.places = _random_states(),{},[]
+        for m in model.modules():
+            self.modes[m] = m.training
+            self.places += [(m, name, b) for name,b in m._buffers.items() if b is not None]
+        self.values = [self.value(name, b) for _,name,b in self.places]
 
     def value(self, name, b):
         if is_lazy(b): return tensor(float(name == 'running_var')) # what a lazy layer will begin with
@@ -238,23 +252,27 @@ class _State:
 
     def load(self):
         _set_random_states(self.random)
+        self.load_modes()
         self.load_buffers()
 
+    def load_modes(self):
+        for m,training in self.modes.items():
+            if m.training != training: m.training = training
+
     def load_buffers(self, modules=None):
-        for m in self.buffers if modules is None else modules:
-            for name,b,value in self.buffers[m]:
-                if m._buffers[name] is not b: m._buffers[name] = b
-                if not is_lazy(b): b.data.copy_(value) # `data`: a graph that saved `b` would find it changed
+        for (m,name,b),value in zip(self.places, self.values):
+            if modules is not None and m not in modules: continue
+            m._buffers[name] = b # which the model may have replaced
+            if not is_lazy(b): b.data.copy_(value) # `data`: a graph that saved `b` would find it changed
 
 # %% ../nbs/05_microbatch.ipynb #7dbaefdf
 class _Statistics:
-    "The running statistics of `model`, moved once, by what all parts have seen"
-    def __init__(self, model, state, several):
+    "The running statistics of the model's layers, moved once, by what all parts have seen"
+    def __init__(self, state):
         def moves(m): return isinstance(m, _NormBase) and m.training and m.running_mean is not None
-        self.layers = {m: m.momentum for m in model.modules() if several and moves(m)}
+        self.layers = {m: m.momentum for m in state.modes if moves(m)}
         self.state,self.parts = state,[]
-        several_processes = dist.is_initialized() and dist.get_world_size() > 1
-        if several_processes and any(isinstance(o, nn.SyncBatchNorm) for o in self.layers):
+        if any(isinstance(o, nn.SyncBatchNorm) for o in self.layers) and _has_processes() and dist.get_world_size() > 1:
             raise ValueError(_synchronised)
 
     def __enter__(self):
@@ -263,7 +281,7 @@ class _Statistics:
         return self
 
     def begin(self):
-        if self.parts: self.state.load_buffers()
+        if self.parts: self.state.load_buffers() # each part finds them as the batch has found them
         self.parts.append({o: [] for o in self.layers})
 
     def see(self, layer, args, out):
@@ -277,9 +295,6 @@ class _Statistics:
         self.state.load_buffers(self.layers)
         for layer in self.layers:
             for calls in zip(*(o[layer] for o in self.parts)): _move(layer, *_moments(layer, calls))
-
-_synchronised = ('`MicroBatch` cannot split batches for `SyncBatchNorm`: processes that split differently '
-                 'would wait for each other for ever. Use `distrib_ctx(sync_bn=False)`.')
 
 # %% ../nbs/05_microbatch.ipynb #d215c953
 def _moments(layer, parts):
@@ -297,12 +312,16 @@ def _move(layer, mean, var):
         if layer.momentum is None: momentum = 1/layer.num_batches_tracked.item()
     for running,new in (layer.running_mean, mean),(layer.running_var, var): running.data.lerp_(new, momentum)
 
+_synchronised = ('`MicroBatch` cannot split batches for `SyncBatchNorm`: processes that split differently '
+                 'would wait for each other for ever. Use `distrib_ctx(sync_bn=False)`.')
+
 # %% ../nbs/05_microbatch.ipynb #82d53dc8
 class _Part:
     "Items of a batch that go through the model at once"
-    random = whole = draws = None # The random states that it began with; what it was split off, and what that drew
+    random = whole = draws = params = None
     def __init__(self, items=slice(None)): self.items = items
     def of(self, t): return t[self.items] if t.ndim else t
+    def n_of(self, n): return len(range(n)[self.items])
 
     def split(self, n, size):
         "Even parts of at most `size` of the batch's `n` items; a last one of a single item would break batchnorm"
@@ -311,21 +330,18 @@ class _Part:
         if k <= 1: return [self]
         cuts = [start + i*(stop-start)//k for i in range(k+1)]
         parts = [_Part(slice(*o)) for o in zip(cuts, cuts[1:])]
-        if self.random:
-            for o in parts: o.random,o.whole = self.random,self.whole or self
+        if self.random: # it has been through the model
+            for o in parts: o.random,o.whole,o.params = self.random,self.whole or self,self.params
         return parts
 
 # %% ../nbs/05_microbatch.ipynb #a9f5c3d6
 class _Batch:
     "A batch on its way through the model and back"
-    kept = None # Inputs and outputs of the last part, which keeps its graph
+    kept = now = None # inputs and outputs of the last part, which keeps its graph; the state when a pass back begins
 
     def __init__(self, cb, model, forward, nest):
         store_attr()
-        self.inputs,opt = _tensors(nest),cb.learn.opt
-        params = [*model.parameters(), *(step_params(opt) if opt else [])]
-        self.params = [o for o in dict.fromkeys(params) if o.requires_grad]
-        self.state,self.modes = _State(model),_modes(model)
+        self.inputs,self.state = _tensors(nest),_State(model)
         self.autocasts = _autocasts(self.inputs)
 
     @property
@@ -343,37 +359,46 @@ class _Batch:
 # %% ../nbs/05_microbatch.ipynb #ce2d8374
 @patch
 def through(self:_Batch, size):
-    "The output for all items, from parts of at most `size`; the last part keeps its graph"
+    "The output for all items, from parts of at most `size`"
     self.parts = _Part().split(self.n, size) if size else [_Part()]
-    several,graph,outs = len(self.parts) > 1,torch.is_grad_enabled(),[]
+    several = len(self.parts) > 1
     try:
-        with _Statistics(self.model, self.state, several) as statistics:
-            for part in self.parts:
-                statistics.begin()
-                part.random = _random_states() if outs else self.state.random
-                last = part is self.parts[-1]
-                if several and last: torch.clear_autocast_cache() # its weights have no graph
-                with torch.set_grad_enabled(graph and last):
-                    inputs = self.of(part, self.inputs)
-                    outs.append(self.run(inputs))
-        tensors = _tensors(outs[-1])
-        if any(o.requires_grad for o in tensors): self.kept = inputs,tensors
-        outs[-1] = _with_tensors(outs[-1], [o.detach() for o in tensors])
-        return self.linked(_join(outs, [len(range(self.n)[o.items]) for o in self.parts]) if several else outs[0])
+        with _Statistics(self.state) if several else nullcontext() as statistics:
+            outs = [self.forth(part, statistics) for part in self.parts]
+        return self.linked(_join(outs, [o.n_of(self.n) for o in self.parts]) if several else outs[0])
     except BaseException:
         self.kept = None
         self.state.load()
         raise
+
+# %% ../nbs/05_microbatch.ipynb #f1c85c43
+@patch
+def forth(self:_Batch, part, statistics):
+    "The output for the `part`; the last one keeps its graph"
+    if statistics: statistics.begin()
+    part.random = self.state.random if part is self.parts[0] else _random_states()
+    last = part is self.parts[-1]
+    if last and statistics: torch.clear_autocast_cache() # its weights have no graph
+    with torch.set_grad_enabled(torch.is_grad_enabled() and last):
+        inputs = self.of(part, self.inputs)
+        out = self.run(inputs)
+    tensors = _tensors(out)
+    if any(o.requires_grad for o in tensors): self.kept = inputs,tensors
+    return _with_tensors(out, [o.detach() for o in tensors])
 
 # %% ../nbs/05_microbatch.ipynb #7ffb8e3b
 @patch
 def linked(self:_Batch, out):
     "`out`, with a backward pass that leads here"
     if not self.kept: return out
+    opt = self.cb.learn.opt
+    params = dict.fromkeys([*self.model.parameters(), *(step_params(opt) if opt else [])])
+    self.params = [o for o in params if o.requires_grad]
     differentiable = [o.requires_grad for o in self.kept[1]]
     return _with_tensors(out, _Link.apply(self, _tensors(out), differentiable, *self.inputs, *self.params))
 
-class _Link(torch.autograd.Function):
+# %% ../nbs/05_microbatch.ipynb #08d00ad9
+class _Link(autograd.Function):
     "The whole batch's outputs as a function of its inputs and the parameters"
     @staticmethod
     def forward(ctx, batch, outputs, differentiable, *tensors):
@@ -385,40 +410,79 @@ class _Link(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        tensors = ctx.saved_tensors
-        try: return None,None,None,*ctx.batch.backward(tensors, grads)
-        except Exception as e:
-            if any(map(_out_of_memory, (e, e.__cause__))): ctx.batch.state.load() # what did not fit leaves nothing
-            raise
+        batch = ctx.batch
+        inputs_grads,sums = batch.back(ctx.saved_tensors[:len(batch.inputs)], grads)
+        return None,None,None,*inputs_grads,*sums
+
+# %% ../nbs/05_microbatch.ipynb #65f00975
+@patch
+def back(self:_Batch, inputs, grads):
+    "The gradients of inputs and parameters; the latter's are None where `p.grad` has them already"
+    create,hooks = torch.is_grad_enabled(),_take_hooks(self.params)
+    self.straight = self.cb._adds_up and not (create or hooks or _has_processes())
+    self.cb._adds_up,self.had_none = False,[p for p in self.params if p.grad is None]
+    try: found,sums = self.parts_back(inputs, grads, create)
+    except Exception as e:
+        if any(map(_out_of_memory, (e, e.__cause__))): self.undo()
+        raise
+    finally:
+        if self.now: self.now.load()
+        self.now = None
+        _give_hooks(hooks)
+    if unused := _take_hooks(p for p,o in zip(self.params, sums) if o is None): # autograd would call them with None
+        autograd.Variable._execution_engine.queue_callback(partial(_give_hooks, unused))
+    return found,sums
+
+# %% ../nbs/05_microbatch.ipynb #a1805a5e
+def _take_hooks(params):
+    "The hooks of `params`, which have none until `_give_hooks`"
+    dicts = [o for p in params for o in (p._backward_hooks, p._post_accumulate_grad_hooks) if o]
+    hooks = [(o, dict(o)) for o in dicts]
+    for o in dicts: o.clear()
+    return hooks
+
+def _give_hooks(hooks):
+    for o,own in hooks: o.update(own)
+
+@patch
+def undo(self:_Batch):
+    "What did not fit leaves nothing; the fit ends, so an open window's gradient is of no use"
+    self.now = self.state # which is loaded in the end
+    if not self.straight: return
+    for p in self.params:
+        if p.grad is not None: p.grad.zero_()
+    for p in self.had_none: p.grad = None
 
 # %% ../nbs/05_microbatch.ipynb #d359e6ce
 @patch
-def backward(self:_Batch, tensors, grads):
-    "The gradients of inputs and parameters from those of the outputs"
-    inputs,create = tensors[:len(self.inputs)],torch.is_grad_enabled()
-    todo,pieces,sums,failed = list(self.parts),[],[_Sum() for _ in self.params],None
-    with _without_hooks(self.params):
-        while todo:
-            got,now = _try(self.part_grads, todo[-1], inputs, grads, create, after=failed)
-            if now: # nothing of it has arrived anywhere
-                _drain()
-                failed,size = now,_smaller(self, todo, now)
-                todo = [o for part in todo for o in part.split(self.n, size)]
-                continue
-            todo.pop()
-            for o in reversed(sums): o.add(got.pop(), create) # one by one: two copies at once, not three
-            pieces.insert(0, got)
+def parts_back(self:_Batch, inputs, grads, create):
+    "The gradients of inputs and parameters, from those of the outputs"
+    todo,pieces,sums,failed = list(self.parts),[],[None]*len(self.params),None
+    while todo:
+        part = todo[-1]
+        if part.params is None: part.params = self.params
+        marks = [_mark(p) for p in part.params]
+        got,now = _try(self.part_back, part, inputs, grads, create, after=failed)
+        if now:
+            _drain()
+            failed,size = now,_smaller(self, todo, now)
+            part.params = [p for p,o in zip(part.params, marks) if _mark(p) == o]
+            todo = [o for part in todo for o in part.split(self.n, size)]
+            continue
+        todo.pop()
+        for i in reversed(range(len(sums))): sums[i] = _plus(sums[i], got.pop()) # one by one: two copies, not three
+        pieces.insert(0, got)
     if failed: self.cb._found(self, size)
-    return *(_whole_grad(*o) for o in zip(inputs, zip(*pieces))),*(o.sum for o in sums)
+    return [_whole_grad(*o) for o in zip(inputs, zip(*pieces))],sums
 
-class _Sum:
-    "A sum of gradients, or None if there was none"
-    sum,ours = None,False
-    def add(self, grad, create):
-        if grad is None: return
-        if self.sum is None: self.sum = grad # which may be another parameter's, too
-        elif self.ours and not create: self.sum += grad
-        else: self.sum,self.ours = self.sum+grad,True
+# %% ../nbs/05_microbatch.ipynb #15152225
+def _mark(p):
+    "What changes as a gradient arrives at `p`"
+    return (id(p.grad), p.grad._version) if p.grad is not None else None
+
+def _plus(a, b):
+    if a is None or b is None: return b if a is None else a
+    return a+b # never in place: autograd may have given the same tensor to two parameters
 
 def _whole_grad(t, pieces):
     "The gradient of an input from those of its parts, or from the parts' gradients of one that all share"
@@ -427,20 +491,28 @@ def _whole_grad(t, pieces):
 
 # %% ../nbs/05_microbatch.ipynb #5780fcda
 @patch
-def part_grads(self:_Batch, part, inputs, grads, create):
-    "The gradients of the part's inputs and the parameters"
+def part_back(self:_Batch, part, inputs, grads, create):
+    "The gradients of the part's inputs and of all parameters"
     kept,self.kept = self.kept,None
     inputs,outputs = self.again(part, inputs, create) if create or not kept else kept
-    pairs = [(o, part.of(g)) for o,g in zip(outputs, grads) if g is not None and o.requires_grad]
-    if any(o.shape != g.shape for o,g in pairs):
+    outputs,grads = zip(*[(o, part.of(g)) for o,g in zip(outputs, grads) if g is not None and o.requires_grad])
+    if any(o.shape != g.shape for o,g in zip(outputs, grads)):
         raise ValueError('`MicroBatch` splits outputs along their first dimension, the items, and the model gave '
                          f'shapes {[tuple(o.shape) for o in outputs]} for {part.items}.')
+    if self.straight: return self.arrive(part, inputs, outputs, grads)
     wanted = [*inputs, *self.params]
     asked = [o for o in wanted if o.requires_grad]
-    got = torch.autograd.grad([o for o,_ in pairs], asked, [g for _,g in pairs], create_graph=create, allow_unused=True)
-    got = iter(got)
+    got = iter(autograd.grad(outputs, asked, grads, create_graph=create, allow_unused=True))
     return [next(got) if o.requires_grad else None for o in wanted]
 
+@patch
+def arrive(self:_Batch, part, inputs, outputs, grads):
+    "Add the gradients to `p.grad`"
+    asked = [o for o in [*inputs, *part.params] if o.requires_grad]
+    if asked: autograd.backward(outputs, grads, inputs=asked)
+    return [*(o.grad for o in inputs), *[None]*len(self.params)]
+
+# %% ../nbs/05_microbatch.ipynb #f2dc3b1a
 @patch
 def again(self:_Batch, part, inputs, create):
     "The part's inputs and outputs with a graph, which for a second derivative begins at the whole inputs"
@@ -449,30 +521,18 @@ def again(self:_Batch, part, inputs, create):
         inputs = [part.of(o).clone() for o in inputs] if create else self.of(part, inputs)
         return inputs,_tensors(self.run(inputs))
 
-# %% ../nbs/05_microbatch.ipynb #f2dc3b1a
 @patch
 @contextmanager
 def as_in_forward(self:_Batch, part):
-    "Random numbers, buffers, modes and autocast as in the part's forward pass, and afterwards as they were before"
-    now,modes = _State(self.model),_modes(self.model)
+    "Random numbers, buffers, modes and autocast as in the part's forward pass"
+    if not self.now: self.now = _State(self.model) # which is loaded when all parts are done
+    self.state.load_modes()
+    self.state.load_buffers()
+    _set_random_states(part.random)
     with ExitStack() as stack:
-        stack.callback(now.load)
-        stack.callback(_set_modes, modes)
         for device,kwargs in self.autocasts.items(): stack.enter_context(torch.autocast(device, **kwargs))
         if part.whole: stack.enter_context(part.whole.draws(part, self.n))
-        _set_modes(self.modes)
-        self.state.load_buffers()
-        _set_random_states(part.random)
         yield
-
-@contextmanager
-def _without_hooks(params):
-    "They are for the whole gradient, and called when it arrives"
-    hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in params if p._backward_hooks]
-    for o,_ in hooks: o.clear()
-    try: yield
-    finally:
-        for o,own in hooks: o.update(own)
 
 # %% ../nbs/05_microbatch.ipynb #92dff00f
 class _Draws(TorchDispatchMode):

@@ -1,6 +1,9 @@
 "Microbatches against the whole batch: random models, losses, sizes, limits and moments at which memory runs out"
 import gc, pickle, subprocess, sys
+from collections import namedtuple
 from contextlib import suppress
+from copy import deepcopy
+from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from textwrap import dedent
@@ -11,7 +14,8 @@ from hypothesis import assume, example, given, strategies as st
 
 from common import *
 from fastcb_training.bnfreeze import BnFreeze
-from fastcb_training.microbatch import MicroBatch
+from fastcb_training.microbatch import MicroBatch, _tensors
+from torch.utils.checkpoint import checkpoint
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -231,14 +235,149 @@ def test_predictions_outside_of_a_fit():
     assert 'forward' not in vars(learn.model)
 
 
+# Gradients that arrive as they come
+
+class TwoLayers(nn.Module):
+    "Memory may run out in the backward pass of the first layer, when the gradients of the second have arrived"
+    def __init__(self, limit, where='backward', since=0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a,self.b,self.limit = nn.Linear(3, 6),nn.Linear(6, 1),Limit(limit, where, since)
+    def forward(self, x): return self.b(self.limit(self.a(x)).tanh())
+
+@pytest.mark.parametrize('n_acc', [1, 40])
+@pytest.mark.parametrize('size, since', [(None, 0), (None, 2), (12, 0), (12, 1), (12, 2), (12, 3)])
+def test_no_gradient_arrives_twice(n_acc, size, since):
+    whole,_ = fitted(TwoLayers(inf), GradientAccumulation(n_acc))
+    ours,_ = fitted(memory := TwoLayers(3, since=since), [MicroBatch(size), GradientAccumulation(n_acc)])
+    assert memory.limit.failed
+    assert_close(whole, ours)
+
+@pytest.mark.parametrize('since, cbs', [(0, []), (3, [GradientAccumulation(64)])])
+def test_what_has_arrived_goes_with_an_item_that_does_not_fit(since, cbs):
+    learn = linear_learner(model=TwoLayers(0, since=since), cbs=[MicroBatch(), *cbs])
+    with pytest.raises(torch.OutOfMemoryError, match='One item alone'): learn.fit(1)
+    assert no_grads(learn)
+    assert since or all(p.grad is None for p in learn.model.parameters())
+
+@pytest.mark.parametrize('limit, size', [(inf, None), (inf, 5), (3, None)])
+def test_a_loss_that_looks_at_the_weights(limit, size):
+    def fit(cbs, limit=inf):
+        learn = linear_learner(regression(40, 16, n_valid=24), TwoLayers(limit), cbs=cbs)
+        learn.loss_func = lambda pred, targ: F.mse_loss(pred, targ) + .1*weights_of(learn).abs().sum()
+        learn.fit(2, .05)
+        return learn
+    def weights_of(learn): return torch.cat([p.flatten() for p in learn.model.parameters()])
+    assert_close(fit([]), fit(MicroBatch(size), limit))
+
+@pytest.mark.parametrize('hook', ['register_hook', 'register_post_accumulate_grad_hook'])
+@pytest.mark.parametrize('size', [None, 4])
+def test_no_hook_is_called_for_an_unused_parameter(hook, size):
+    seen = []
+    class Some(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a,self.unused = nn.Linear(3, 1),nn.Linear(3, 1)
+            for p in self.parameters(): getattr(p, hook)(lambda o: seen.append(o.sum()))
+        def forward(self, x): return self.a(x)
+    a,n = fitted(Some(), [])[0],len(seen)
+    b,_ = fitted(Some(), MicroBatch(size))
+    assert_close(a, b)
+    assert len(seen) == 2*n and b.model.unused.weight.grad is None
+    assert all(p._backward_hooks or p._post_accumulate_grad_hooks for p in b.model.parameters())
+
+class Tied(nn.Module):
+    def __init__(self): super().__init__(); self.a,self.b,self.c = nn.Linear(3, 3),nn.Linear(3, 3),nn.Linear(3, 1); self.b.weight = self.a.weight
+    def forward(self, x): return self.c(self.b(self.a(x).tanh()).tanh())
+
+class OneGradient(nn.Module):
+    "Autograd gives the same tensor to both parameters"
+    def __init__(self): super().__init__(); self.a,self.b = nn.Parameter(torch.zeros(1)),nn.Parameter(torch.zeros(1))
+    def forward(self, x): return (self.a+self.b).expand(len(x), 1)
+
+class Sparse(nn.Module):
+    def __init__(self): super().__init__(); self.e = nn.Embedding(7, 1, sparse=True)
+    def forward(self, x): return self.e((x[:, 0].abs()*3).long().clamp(max=6))
+
+class Recurrent(nn.Module):
+    def __init__(self): super().__init__(); self.r,self.l = nn.LSTM(3, 4, batch_first=True),nn.Linear(4, 1)
+    def forward(self, x): return self.l(self.r(x[:, None].repeat(1, 3, 1))[0][:, -1])
+
+class Checkpoint(nn.Module):
+    def __init__(self, reentrant): super().__init__(); self.a,self.b,self.reentrant = nn.Sequential(nn.Linear(3, 6), nn.Dropout(.3)),nn.Linear(6, 1),reentrant
+    def forward(self, x): return self.b(checkpoint(self.a, x, use_reentrant=self.reentrant))
+
+@pytest.mark.parametrize('size', [None, 1, 4, 7, 100])
+@pytest.mark.parametrize('net', [Tied, OneGradient, Sparse, Recurrent, partial(Checkpoint, False), partial(nn.DataParallel, nn.Linear(3, 1))])
+def test_models_of_many_kinds(net, size):
+    def fit(cbs):
+        def opt(params, lr, **kwargs): return OptimWrapper(params, torch.optim.SGD, lr=lr)
+        torch.manual_seed(0)
+        learn = linear_learner(regression(40, 16, n_valid=24), deepcopy(net()), cbs=cbs, opt_func=opt)
+        learn.fit(2, .05)
+        return learn
+    assert_close(fit([]), fit(MicroBatch(size)))
+
+@dataclass(frozen=True)
+class Frozen: pred:object; more:object=None
+Named = namedtuple('Named', 'pred more')
+outputs = dict(dataclass=lambda o: Frozen(o, [o*2]), namedtuple=lambda o: Named(o, o*2), dict=lambda o: dict(a=o, b=dict(c=[o*2], d=None)),
+               list=lambda o: [o, o*2], tuple=lambda o: (o, 'x', o*2), image=TensorImage)
+
+@pytest.mark.parametrize('kind', outputs)
+@pytest.mark.parametrize('size', [None, 1, 5, 100])
+def test_outputs_of_many_kinds(kind, size):
+    kinds = []
+    class Net(nn.Linear):
+        def forward(self, x): return outputs[kind](super().forward(x))
+    def loss(pred, targ):
+        kinds.append(type(pred))
+        return sum(F.mse_loss(o.as_subclass(Tensor), targ) for o in _tensors(pred))
+    def fit(cbs):
+        torch.manual_seed(0)
+        learn = linear_learner(regression(40, 16, n_valid=24), Net(3, 1), loss, cbs=cbs)
+        learn.fit(1, .02)
+        return learn
+    assert_close(fit([]), fit(MicroBatch(size)))
+    assert len(set(kinds)) == 1
+
+@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward', 'before_step', 'after_step'])
+def test_memory_that_runs_out_elsewhere_is_the_error_it_was(event):
+    learn = linear_learner(model=model(), cbs=(cb := MicroBatch()))
+    with pytest.raises(torch.OutOfMemoryError, match='elsewhere'): learn.fit(1, cbs=At(event, stop(torch.OutOfMemoryError('elsewhere'))))
+    assert cb.size is None and 'forward' not in vars(learn.model)
+    learn.fit(1)
+
+@pytest.mark.parametrize('size', [None, 4])
+def test_what_else_a_learner_does(size):
+    def fit(cbs):
+        learn = linear_learner(frozen_data(), model(nn.Dropout(.2)), cbs=cbs)
+        learn.fit(1, .01)
+        return learn
+    whole,ours = fit([]),fit(MicroBatch(size))
+    for kwargs in dict(with_loss=True), dict(with_decoded=True), dict(ds_idx=0, with_input=True), dict(act=torch.sigmoid):
+        for a,b in zip(_tensors(whole.get_preds(**kwargs)), _tensors(ours.get_preds(**kwargs)), strict=True): assert torch.allclose(a, b, atol=1e-5)
+    assert_close(whole, ours)
+    for o in whole,ours:
+        torch.manual_seed(0)
+        o.lr_find(show_plot=False)
+    assert np.allclose(whole.recorder.losses, ours.recorder.losses, rtol=1e-4)
+
+
 # Errors, copies
 
 @pytest.mark.parametrize('where', ['forward', 'backward'])
 @pytest.mark.parametrize('size', [None, 4])
 def test_one_item_that_does_not_fit(where, size):
-    learn = linear_learner(model=model(Limit(0, where)), cbs=(cb := MicroBatch(size)))
-    before = state(learn)
-    with pytest.raises(torch.OutOfMemoryError, match='One item alone') as e: learn.fit(1)
+    class Counts(nn.Module):
+        def __init__(self): super().__init__(); self.register_buffer('n', tensor(0))
+        def forward(self, x): self.n += 1; return x
+    learn = linear_learner(model=model(Counts(), nn.Dropout(.3), Limit(0, where)), cbs=(cb := MicroBatch(size)))
+    before,drawn = state(learn),[]
+    def draw(cb): drawn.append(torch.get_rng_state())
+    with pytest.raises(torch.OutOfMemoryError, match='One item alone') as e: learn.fit(1, cbs=At('before_batch', draw))
+    assert torch.equal(torch.get_rng_state(), drawn[0])
     assert state(learn) == before and cb.size == size and 'forward' not in vars(learn.model) and no_grads(learn)
     assert e.value.__cause__ is not None
 
@@ -343,3 +482,47 @@ def test_in_a_process_with_a_limit_a_batch_trains_that_does_not_fit():
     said = 'Memory ran out: batches of 512 items go through the model 256 at a time.'
     assert done.stdout.splitlines() == [said, '256 2']*2 # what a failed try held is there for the next: half is enough
 
+def test_the_peak_is_that_of_small_batches():
+    "The most memory in a process each, beyond what tiny batches take: that of batches of `size`, with no copy of the gradients"
+    code = '''
+        import resource
+        from common import *
+        from fastcb_training.microbatch import MicroBatch
+        torch.set_num_threads(1)
+        def most(bs, cbs):
+            if pid := os.fork(): return os.waitpid(pid, 0)
+            net = nn.Sequential(nn.Linear(3, 20_000), nn.Tanh(), nn.Linear(20_000, 1))
+            learn = linear_learner(regression(1024, bs, n_valid=8), net, cbs=cbs)
+            learn.fit(1, 1e-5, cbs=ShortEpochCallback(n_batches=2))
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)
+            os._exit(0)
+        for bs,cbs in (8, []), (128, []), (512, []), (32, MicroBatch(8)), (512, MicroBatch(128)): most(bs, cbs)
+    '''
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', dedent(code)], cwd=Path(__file__).parent, text=True, capture_output=True,
+                          env=os.environ|{'OMP_NUM_THREADS': '1', 'MALLOC_MMAP_THRESHOLD_': '65536'}) # what is freed is given back
+    assert done.returncode == 0, done.stderr[-2000:]
+    idle,small,whole,idle_ours,ours = [int(o)/1000 for o in done.stdout.split()] # MB
+    assert whole-idle > 3.5*(small-idle) > 50
+    assert ours-idle_ours < 1.05*(small-idle), done.stdout
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no CUDA GPU')
+def test_on_a_gpu_the_size_that_was_found_is_the_size_known_beforehand():
+    "400 MB, where a batch of 2048 saves 135 MB in each of four layers: the forward pass runs out"
+    def fit(cb):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 2**14), nn.Tanh(), nn.Dropout(.3), nn.GELU(), nn.Linear(2**14, 1)).cuda()
+        learn = linear_learner(regression(4096, 2048, n_valid=8).cuda(), net, cbs=cb)
+        torch.manual_seed(3)
+        learn.fit(1, 1e-5)
+        return learn
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(400e6/torch.cuda.get_device_properties(0).total_memory)
+    try:
+        with pytest.raises(torch.OutOfMemoryError): fit(None)
+        gc.collect()
+        found = fit(cb := MicroBatch())
+        assert cb.size in (1024, 512, 256)
+        known = fit(MicroBatch(cb.size))
+        assert state(found) == state(known) and found.recorder.losses == known.recorder.losses
+    finally: torch.cuda.set_per_process_memory_fraction(1.)
