@@ -317,16 +317,12 @@ def learner_settings():
            to='Accelerate', peers=['fastai', 'Accelerate']), sessions=2, turns=6, n_proc=2)
 def processes(variant, quick):
     from accelerate import Accelerator
-    from fastai.distributed import DistributedDL
     from fastai.vision.all import Recorder
+    from fastcb_training.playground import cpu_processes
     from torch import distributed as dist
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
     Accelerator(cpu=True) # starts the process group
-    def broadcast(self, t, rank):
-        t = torch.tensor(t)
-        dist.broadcast(t, rank)
-        return t.tolist()
-    DistributedDL._broadcast = broadcast # fastai's calls `.cuda()`
+    cpu_processes()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(),
                           nn.Linear(1024, 10)) # gradients that are large against the arithmetic

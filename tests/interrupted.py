@@ -11,6 +11,7 @@ from common import *
 from fastcb_training.all import *
 from fastcb_training import resume
 from fastcb_training.core import FitCallback
+from fastcb_training.playground import cpu_processes
 from fastcb_training.resume import ResumeFit
 import sklearn.metrics as skm
 
@@ -171,16 +172,11 @@ def features(folder):
     learn.fit(3, .05, cbs=[Kept(), Seen(), FeatureCache()])
     return learn
 
-def broadcast(self, t, rank):
-    t = LongTensor(t)
-    torch.distributed.broadcast(t, rank)
-    return t.tolist()
-
 def two(folder):
     "On each of two processes; half of the data, other random numbers"
     from accelerate import Accelerator
-    from fastai.distributed import DistributedDL
-    DistributedDL._broadcast = broadcast # fastai's calls `.cuda()`
+    import fastai.distributed
+    cpu_processes()
     Accelerator(cpu=True)
     learn = learner(folder, model=Net(), metrics=mae)
     learn.model.layers[3].p = .5

@@ -10,14 +10,12 @@ from math import inf, nan
 from numpy import array, bool_, float32, int64
 from torch import nn, tensor
 
-no_bools = {TypeError: [None, 0, 1, 1., nan, inf, 'yes', '', [], [True], bool_(True), tensor(True)]}
-no_modules = {TypeError: [None, True, 3, inf, nan, '', 'model', [], [nn.ReLU()], nn.Linear, len]}
+no_bools = {TypeError: [None, 1, 'yes', [True], bool_(True), tensor(True)]}
+no_modules = {TypeError: [None, 3, 'model', [nn.ReLU()], nn.Linear, len]}
 
-no_numbers = [None, True, False, bool_(True), '', '0.5', b'1', [], [.5], {}, 1j, Decimal('0.5'), array(.5), tensor(.5),
-              tensor([.5]), float, object]
-no_counts = [True, False, bool_(True), '', '2', [], [2], (8, 8), .5, 2., nan, inf, -inf, 1j, float32(2), Fraction(2), Decimal(2),
-             array(2), tensor(2), int]
-not_above_0 = [0, 0., -0., -1, -.1, nan, -inf, int64(0), float32(nan), Fraction(-1, 2)]
+no_numbers = [None, True, bool_(True), '0.5', [.5], 1j, Decimal('0.5'), array(.5), tensor([.5]), float]
+no_counts = [True, bool_(True), '2', [2], 2., nan, Fraction(2), array(2), tensor(2), int]
+not_above_0 = [0, -.1, nan, -inf, int64(0), float32(nan), Fraction(-1, 2)]
 
 refusals = {
     'ShortEpochCallback': {

@@ -537,9 +537,7 @@ def test_two_processes_that_write_one_path(tmp_path):
 def ranks(out):
     "What each of two processes does"
     from accelerate import Accelerator
-    from fastai.distributed import DistributedDL
-    from processes import broadcast, dist
-    DistributedDL._broadcast = broadcast
+    from processes import dist # which calls `cpu_processes`
     Accelerator(cpu=True) # starts the process group
     left = {}
     for name,cb in dict(cache=FeatureCache(), again=None, held=Held()).items():
