@@ -571,9 +571,9 @@ def test_a_disk_that_is_full(tmp_path):
     try:
         with pytest.warns(UserWarning, match='could not be written.*Training goes on') as seen: fitted(tmp_path, partial(simple, cbs=cbs), ('after_loss', 5))
         assert torch.load(file_of(tmp_path), weights_only=True)['place'] == [0, 'train', 2] and not (tmp_path/'resume.new').exists()
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert len([o for o in seen if 'could not be' in str(o.message)]) == 1
-    assert differs(expected.model.state_dict(), fitted(tmp_path, partial(simple, cbs=cbs)).model.state_dict()) == []
+        assert len([o for o in seen if 'could not be' in str(o.message)]) == 1
+        assert differs(expected.model.state_dict(), fitted(tmp_path, partial(simple, cbs=cbs)).model.state_dict()) == []
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits) # of this process, in which other tests follow
 
 def test_a_folder_that_can_not_be_written(tmp_path):
     "It is no folder, for instance"
