@@ -23,8 +23,9 @@ batches can give the gradient of the big one, if each has the right weight. With
    may close. As always with DDP, gradients are averaged over processes, even for a loss that sums.
 8. **Once a window, on the whole gradient**, the scaler of `MixedPrecision` steps and `GradientClip` takes the norm. The learning rate
    finder (`lr_find`) records a point a window, and finds the rate for the big batch.
-9. **It costs one fused pass over the gradients a window** of several batches, and one more for a batch whose count differs from that of
-   the one before; a window of one batch costs none. Gradients gather in the parameters' own dtype: with bfloat16 parameters, small ones
+9. **It costs one fused pass over the gradients in a window that ends with more or fewer items than `n_acc`**, and none in others. If a
+   callback of yours acts on the loss or in the backward pass, it costs one in each window of several batches, and one more for a batch
+   whose count differs from that of the one before. Gradients gather in the parameters' own dtype: with bfloat16 parameters, small ones
    get lost beside a large sum.
 
 Docs: https://fastcb.github.io/fastcb_training/accumulation.html.md"""
@@ -36,7 +37,7 @@ __all__ = ['GradientAccumulation']
 
 # %% ../nbs/03_accumulation.ipynb #5e82de93
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from math import ceil, inf
 from operator import is_
 
@@ -47,12 +48,12 @@ from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation as FastaiAccumulation
 from fastai.learner import Learner
 from fastai.torch_core import find_bs
-from fastcore.basics import first, patch, patch_to, store_attr
+from fastcore.basics import first, patch, store_attr
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _find_tensors
 
-from .core import FitCallback, check, check_amount, step_params
+from .core import FitCallback, around, check, check_amount, step_params
 
 # %% ../nbs/03_accumulation.ipynb #4d76a747
 class _Window:
@@ -178,13 +179,10 @@ class GradientAccumulation(FitCallback):
 _reductions = 'mean','sum'
 
 # %% ../nbs/03_accumulation.ipynb #90973619
-_fastai_grad_opt = Learner._do_grad_opt
-
-@patch_to(Learner)
-@wraps(_fastai_grad_opt)
-def _do_grad_opt(self):
-    acc = first(self.cbs, lambda cb: isinstance(cb, GradientAccumulation) and cb._in_fit)
-    return acc._grad_opt() if acc else _fastai_grad_opt(self)
+@around('_do_grad_opt')
+def _accumulated(learn, do_grad_opt):
+    acc = first(learn.cbs, lambda cb: isinstance(cb, GradientAccumulation) and cb._in_fit)
+    return acc._grad_opt() if acc else do_grad_opt(learn)
 
 # %% ../nbs/03_accumulation.ipynb #9c671cf0
 @patch
@@ -229,10 +227,11 @@ def _gather(self:GradientAccumulation, count, unit):
     "Add the gradient of a batch to those that the window holds"
     window,processes,learn = self.window,self._processes,self.learn
     early,self._before = _moved(self._before, window.params),None # holds no gradient longer than needed
+    if not early and self._weighs(count): unit = window.size
     if early and window.unit not in (None, unit) and not window.adds_up: raise RuntimeError(_too_early)
     window.measure(unit)
     before = _marks(window.params)
-    weight = 1 if window.adds_up or not count else count/unit # other than 1 where processes count differently
+    weight = 1 if window.adds_up or not count else count/unit
     if not count: learn.loss_grad = sum(o.sum() for o in _find_tensors(learn.pred))*0 # the other processes wait
     def backward():
         "Differentiate what other callbacks have made of the loss"
@@ -251,6 +250,24 @@ _too_early = """A callback called `backward` before the loss was known to `Gradi
 whose batches count differently. It has to do so in `before_backward` or later."""
 _own_pass = """A callback did the backward pass itself and cancelled fastai's, while the processes count differently.
 `GradientAccumulation` can't weight its gradient."""
+
+# %% ../nbs/03_accumulation.ipynb #f5a17467
+@patch
+def _weighs(self:GradientAccumulation, count):
+    "Can the loss of this batch be weighted, so that the gradients need not be?"
+    window = self.window
+    if window.adds_up or self._processes.ddp or window.unit is None and window.closes(count): return False
+    if any(p.element_size() < 4 for p in window.params): return False
+    return not any(_may_differentiate(cb) for cb in self.learn.cbs if cb is not self)
+
+def _may_differentiate(cb):
+    "Is there a handler around the loss that is not fastai's or ours, or one of fastai's around the backward pass?"
+    def home(event):
+        f = vars(cb).get(event) or getattr(type(cb), event, None)
+        return f and (getattr(f, '__module__', None) or '').partition('.')[0]
+    around_loss = {home(o) for o in ('before_batch', 'after_pred', 'after_loss')}
+    around_pass = {home(o) for o in ('before_backward', 'after_backward')}
+    return not around_loss <= {None, 'fastai', 'fastcb_training'} or not around_pass <= {None, 'fastcb_training'}
 
 # %% ../nbs/03_accumulation.ipynb #1950594a
 @patch

@@ -38,7 +38,7 @@ class CpuMixedPrecision(MixedPrecision):
     def before_fit(self):
         half = self.amp_mode == AMPMode.FP16
         self.autocast = torch.autocast('cpu', torch.float16 if half else torch.bfloat16)
-        scaler = torch.amp.GradScaler('cpu', **self.kwargs, enabled=half) # bfloat16 needs none
+        scaler = torch.amp.GradScaler('cpu', **{'enabled': half, **self.kwargs}) # bfloat16 needs none
         self.learn.scaler,self.scales = scaler,L()
 
 # %% ../nbs/00_playground.ipynb #884d491c

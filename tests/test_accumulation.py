@@ -535,7 +535,7 @@ on_each = pytest.mark.parametrize('amp', [
 def precision(amp, init_scale=2.**4, growth_interval=1, **kwargs):
     "fastai's callback for a device and a mode; its scale doubles with each step, but for bf16 on a GPU, which needs none"
     device,mode = amp
-    cls = MixedPrecision if device == 'cuda' else CpuMixedPrecision
+    cls = MixedPrecision if device == 'cuda' else partial(CpuMixedPrecision, enabled=True)
     return cls(mode, init_scale=init_scale, growth_interval=growth_interval, **kwargs)
 
 def on_device(amp, batches): return Held(tuple(o.to(amp[0]) for o in batch) for batch in batches)
