@@ -23,9 +23,9 @@ batches can give the gradient of the big one, if each has the right weight. With
    may close. As always with DDP, gradients are averaged over processes, even for a loss that sums.
 8. **Once a window, on the whole gradient**, the scaler of `MixedPrecision` steps and `GradientClip` takes the norm. The learning rate
    finder (`lr_find`) records a point a window, and finds the rate for the big batch.
-9. **It costs one fused pass over the gradients in a window that ends with more or fewer items than `n_acc`**, and none in others. If a
-   callback of yours acts on the loss or in the backward pass, it costs one in each window of several batches, and one more for a batch
-   whose count differs from that of the one before. Gradients gather in the parameters' own dtype: with bfloat16 parameters, small ones
+9. **It costs one fused pass over the gradients in a window that ends with more or fewer items than `n_acc`**, and none in others. With
+   `MixedPrecision`, several processes or a callback of yours around the loss or the backward pass, it costs one in each window of several
+   batches, and one more for a batch whose count differs from that of the one before. Gradients gather in the parameters' own dtype: with bfloat16 parameters, small ones
    get lost beside a large sum.
 
 Docs: https://fastcb.github.io/fastcb_training/accumulation.html.md"""
