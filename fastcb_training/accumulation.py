@@ -231,7 +231,7 @@ def _gather(self:GradientAccumulation, count, unit):
     if early and window.unit not in (None, unit) and not window.adds_up: raise RuntimeError(_too_early)
     window.measure(unit)
     before = _marks(window.params)
-    weight = 1 if window.adds_up or not count else count/unit
+    weight = 1 if window.adds_up or not count else float(count/unit)
     if not count: learn.loss_grad = sum(o.sum() for o in _find_tensors(learn.pred))*0 # the other processes wait
     def backward():
         "Differentiate what other callbacks have made of the loss"
