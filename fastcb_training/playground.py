@@ -11,6 +11,8 @@ Docs: https://fastcb.github.io/fastcb_training/playground.html.md"""
 __all__ = ['quiet_fit', 'CpuMixedPrecision', 'cpu_processes', 'Syncs']
 
 # %% ../nbs/00_playground.ipynb #9d139fad
+from weakref import ref
+
 from fastai.basics import *
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -56,11 +58,11 @@ def _broadcast(self, t, rank):
 class Syncs(Callback):
     "Record in `seen`, for each batch trained, whether it synchronised the gradients of the processes"
     order,run_valid = 100,False # after `DistributedTrainer` has wrapped the model
-    def __init__(self): self.seen,self._model = [],None
+    def __init__(self): self.seen,self._model = [],noop
     def before_fit(self):
         self.seen,model = [],self.learn.model
-        if isinstance(model, DistributedDataParallel) and model is not self._model: # it takes one hook, once
-            self._model = model
+        if isinstance(model, DistributedDataParallel) and model is not self._model(): # it takes one hook, once
+            self._model = ref(model) # a cycle would keep it until after the end of its process group
             model.register_comm_hook(None, self._hook)
 
     def before_batch(self): self.seen.append(False)
